@@ -1,0 +1,200 @@
+"""WHAT NEXT: before every collective each rank says what it wants, and all decide alike from what all said.
+
+A header is one small all-gather of fixed size. A rank sends one whenever it reaches a point where it would wait for
+the others, and goes on once its want has been served; until then it takes part in what the others want. So no two
+ranks are ever in different collectives, however their data, their epochs or their callbacks differ: each header
+serves the want of at least one rank, or all ranks raise the same error.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from datetime import timedelta
+from enum import IntEnum
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+
+
+class Want(IntEnum):
+    """What a rank that sends a header wants, in the order in which wants are served."""
+
+    # Collectives of Lightning: served for those who ask, while the others contribute nothing.
+    BARRIER = 0
+    WRITE = 1
+    BROADCAST = 2
+    REDUCE = 3
+    GATHER = 4
+    # Ours.
+    CONSENSUS = 5  # look at the mean of all replicas; the others only contribute
+    VALIDATE = 6  # done by all, or put off to the end of the epoch
+    ALL_GATHER = 7  # Lightning's, whose result has a row for each rank: done by all or not at all
+    ROUND = 8  # end of a round: average, for all
+    SIGNAL = 9  # act on a signal that the last header told
+    STEP = 10  # first forward of a step that averages gradients: by all or not at all
+    ENDED = 11  # no more data in this epoch; waits for the others
+    EPOCH = 12  # start of an epoch
+    OVER = 13  # this rank's fit is over; waits for the others
+    LEAVE = 14  # last word of the fit, after all `on_train_end` hooks
+
+    @property
+    def waits(self) -> bool:
+        """Whether a rank that wants this has nothing left to do before the others get there."""
+        return self in (Want.ENDED, Want.EPOCH, Want.OVER, Want.LEAVE)
+
+    @property
+    def offers_replica(self) -> bool:
+        """Whether a rank that wants this may be asked to take part in a mean."""
+        return self.waits or self in (Want.CONSENSUS, Want.VALIDATE, Want.ROUND)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one rank says: a fixed number of integers.
+
+    Args:
+        want: what it wants.
+        detail: what else its partners must know to take part (sizes, dtype, operation, source), or 0.
+        stepped: 1 if it has taken a step since the last average.
+        touched: 1 if it has run a training step, which may change buffers, since the last average.
+        step: its step.
+        signals: the signals it has received, one bit each.
+        layout: a number for the layout of its replica, or 0 if it does not offer one.
+    """
+
+    want: Want
+    detail: int = 0
+    stepped: int = 0
+    touched: int = 0
+    step: int = 0
+    signals: int = 0
+    layout: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do next; equal on all of them.
+
+    Args:
+        want: what is served.
+        askers: the ranks whose want this is.
+        size: the number of ranks.
+        detail: the askers' detail; for ``LEAVE``, whose detail is a digest of the replica, the number of different ones.
+        weights: for each rank whether its replica counts in a mean; all 0 if all replicas are equal.
+        step: the largest step of all ranks.
+        signals: the signals that any rank has received.
+    """
+
+    want: Want
+    askers: tuple[int, ...]
+    size: int
+    detail: int
+    weights: tuple[int, ...]
+    step: int
+    signals: int
+
+    @property
+    def unanimous(self) -> bool:
+        """Whether all ranks asked for this."""
+        return len(self.askers) == self.size
+
+
+def decide(messages: Sequence[Message]) -> Decision:
+    """Choose what is done next; a pure function, so that every rank chooses the same.
+
+    Raises:
+        RuntimeError: on every rank alike, if what one rank wants cannot be had because of where another one is.
+    """
+    want = min(message.want for message in messages)
+    asked = [rank for rank, message in enumerate(messages) if message.want == want]
+    if want is Want.EPOCH and any(message.want is Want.OVER for message in messages):
+        served = Want.OVER  # one rank has left the fit, so the others leave it too
+    else:
+        served = want
+        if want is not Want.LEAVE:
+            asked = [rank for rank in asked if messages[rank].detail == messages[asked[0]].detail]
+
+    others = {message.want for message in messages} - {want}
+    if want in (Want.ALL_GATHER, Want.STEP) and len(asked) < len(messages):
+        raise RuntimeError(_why_not(messages, want))
+    if want is Want.ROUND and not all(other.waits or other is Want.SIGNAL for other in others):
+        raise RuntimeError(_why_not(messages, want))
+    if want is Want.ENDED and others:
+        raise RuntimeError(_why_not(messages, want))
+
+    layouts = {message.layout for message in messages if message.layout}
+    if len(layouts) > 1:
+        odd = next(rank for rank, message in enumerate(messages) if message.layout not in (0, messages[0].layout))
+        raise RuntimeError(
+            f"All workers must train the same model, and the parameters and buffers of rank {odd} differ from those "
+            "of rank 0 in name, dtype, shape or memory format."
+        )
+
+    stepped = tuple(message.stepped for message in messages)
+    return Decision(
+        want=served,
+        askers=tuple(asked),
+        size=len(messages),
+        detail=messages[asked[0]].detail if want is not Want.LEAVE else len({message.detail for message in messages}),
+        weights=stepped if any(stepped) else tuple(message.touched for message in messages),
+        step=max(message.step for message in messages),
+        signals=reduce(operator.or_, (message.signals for message in messages)),
+    )
+
+
+class Header:
+    """The process group on which headers travel: Gloo, on the CPU, beside whatever the training uses.
+
+    Args:
+        rank: this process's rank.
+        size: the number of ranks; with 1 nothing is sent.
+        timeout: how long a rank waits for the others before it gives up.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: timedelta | None = None) -> None:
+        self._rank = rank
+        self._size = size
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+
+    def exchange(self, message: Message) -> Decision:
+        """Send ``message``, receive those of all ranks, and return what follows from them."""
+        if self._group is None:
+            return decide([message])
+        mine = torch.tensor([int(value) for value in astuple(message)], dtype=torch.int64)
+        rows = torch.empty(self._size, len(mine), dtype=torch.int64)
+        with torch.profiler.record_function("localsgd::header"):
+            dist.all_gather(list(rows.unbind()), mine, group=self._group)
+        return decide([Message(Want(want), *rest) for want, *rest in rows.tolist()])
+
+
+def _why_not(messages: Sequence[Message], want: Want) -> str:
+    first = next(rank for rank, message in enumerate(messages) if message.want == want)
+    other = next(rank for rank, message in enumerate(messages) if message.want != want or rank != first)
+    where = {rank: f"rank {rank} {_DOING[messages[rank].want]} at its step {messages[rank].step}" for rank in (first, other)}
+    if want is Want.STEP:
+        return (
+            "Rounds of length 1 average gradients and need the same number of batches on every rank, but "
+            f"{where[first]} while {where[other]}; take a `period` of at least 2 for uneven data."
+        )
+    return f"The ranks have come apart: {where[first]} while {where[other]}."
+
+
+_DOING = {
+    Want.BARRIER: "waits at a barrier",
+    Want.WRITE: "saves a checkpoint",
+    Want.BROADCAST: "broadcasts",
+    Want.REDUCE: "reduces a value",
+    Want.GATHER: "gathers a metric",
+    Want.CONSENSUS: "looks at the consensus",
+    Want.VALIDATE: "validates",
+    Want.ALL_GATHER: "calls `all_gather`",
+    Want.ROUND: "ends a round",
+    Want.SIGNAL: "acts on a signal",
+    Want.STEP: "starts a training step",
+    Want.ENDED: "has no more data in this epoch",
+    Want.EPOCH: "starts an epoch",
+    Want.OVER: "has ended its fit",
+    Want.LEAVE: "leaves the fit",
+}
+

@@ -1,0 +1,171 @@
+"""HOW workers agree: their tensors are packed into buckets, summed across workers, and unpacked as the mean."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_CHUNK = 1 << 15  # elements worked on at a time: small enough for the cache and to cost no memory
+
+
+@dataclass(frozen=True)
+class Mean:
+    r"""The mean of all replicas, with equal weights.
+
+    .. math:: \bar{x} = \frac{1}{|W|} \sum_{i \in W} x_i
+
+    where :math:`W` are the workers that have taken a step since the last average. Floating point tensors narrower
+    than 32 bits are averaged in float32; integer tensors take the maximum. An element that is equal on all workers
+    keeps its bits (see :func:`share`).
+
+    Args:
+        bucket_mb: the most memory that an average uses beside the model, in MiB (2^20 bytes); above 0. Tensors are
+            sent in buckets of this size.
+
+    Raises:
+        ValueError: if ``bucket_mb`` is not a number above 0.
+
+    Example:
+        >>> Mean(bucket_mb=25)
+        Mean(bucket_mb=25)
+    """
+
+    bucket_mb: float = 64
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.bucket_mb, int | float) and not isinstance(self.bucket_mb, bool)
+        if not (number and 0 < self.bucket_mb < math.inf):
+            raise ValueError(f"`bucket_mb` must be a number of MiB above 0, got {self.bucket_mb!r}.")
+
+    def average(self, tensors: Sequence[Tensor], weights: Sequence[int], rank: int, write: bool = True) -> None:
+        """Replace ``tensors`` by their mean over workers, in place.
+
+        Args:
+            tensors: one-dimensional views, of the same sizes and dtypes on every rank.
+            weights: for each rank 1 if it counts or 0 if not, equal on all ranks; at least one is 1.
+            rank: this process's place in ``weights``.
+            write: whether the mean is written back; without, this rank only contributes.
+        """
+        count, index = sum(weights), sum(weights[:rank])
+
+        def reduce(bucket: Tensor) -> None:
+            if bucket.is_floating_point():
+                if not weights[rank]:
+                    bucket.fill_(-0.0)  # 0 times its values would be NaN for a NaN; -0 leaves every other sum as it is
+                elif count > 1:
+                    share(bucket, count, index)
+                dist.all_reduce(bucket)
+            else:
+                dist.all_reduce(bucket, dist.ReduceOp.MAX)
+
+        with torch.profiler.record_function("localsgd::average"):
+            self._each_bucket(tensors, reduce, write)
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Replace ``tensors`` by those of rank 0, in place."""
+        with torch.profiler.record_function("localsgd::broadcast"):
+            self._each_bucket(tensors, lambda bucket: dist.broadcast(bucket, src=0), write=True)
+
+    @torch.no_grad()
+    def _each_bucket(self, tensors: Sequence[Tensor], reduce: Callable[[Tensor], object], write: bool) -> None:
+        for (dtype, device), group in _groups(tensors).items():
+            sizes = [tensor.numel() for tensor in group]
+            capacity = max(1, int(self.bucket_mb * 2**20) // dtype.itemsize)
+            memory = torch.empty(min(capacity, sum(sizes)), dtype=dtype, device=device)
+            for cuts in pack(sizes, capacity):
+                here = list(memory[: sum(cut.size for cut in cuts)].split([cut.size for cut in cuts]))
+                there = [group[cut.tensor][cut.start : cut.start + cut.size] for cut in cuts]
+                torch._foreach_copy_(here, there)
+                reduce(memory[: sum(cut.size for cut in cuts)])
+                if write:
+                    torch._foreach_copy_(there, here)
+
+
+class Cut(NamedTuple):
+    """A run of elements of one tensor."""
+
+    tensor: int
+    start: int
+    size: int
+
+
+def pack(sizes: Sequence[int], capacity: int) -> Iterator[list[Cut]]:
+    """Lay tensors of these sizes end to end and cut the line into buckets of ``capacity`` elements.
+
+    Args:
+        sizes: elements of each tensor, at least 0.
+        capacity: elements of a bucket, at least 1; the last bucket may have fewer.
+
+    Example:
+        >>> list(pack([3, 4], capacity=5))
+        [[Cut(tensor=0, start=0, size=3), Cut(tensor=1, start=0, size=2)], [Cut(tensor=1, start=2, size=2)]]
+    """
+    bucket: list[Cut] = []
+    free = capacity
+    for tensor, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            cut = Cut(tensor, start, min(size - start, free))
+            bucket.append(cut)
+            start += cut.size
+            free -= cut.size
+            if free == 0:
+                yield bucket
+                bucket, free = [], capacity
+    if bucket:
+        yield bucket
+
+
+def share(x: Tensor, count: int, index: int) -> None:
+    r"""Replace ``x`` by this worker's share of it, about x / count, in place.
+
+    The shares of ``count`` equal numbers sum to that number exactly, in any order of summation, so what is equal on
+    all workers leaves an average bit for bit; (a + ... + a) / N does not for N = 3, 5, 6, 7, .... Share i is
+
+    .. math:: T_{i+1}(x) - T_i(x), \qquad T_i(x) = \mathrm{round}_u(x \, i / N), \quad T_0 = 0, \; T_N(x) = x
+
+    rounded to multiples of u, the spacing of floating point numbers at x. Every share and every partial sum of shares
+    is a multiple of u between 0 and x: such numbers are representable, so no addition rounds. For numbers that differ
+    the mean is off by about 0.4 sqrt(N) u.
+
+    Args:
+        x: one-dimensional float32 or float64.
+        count: number of shares N, at least 1.
+        index: which share this is, 0 to N - 1.
+    """
+    huge = torch.finfo(x.dtype).max / 4  # from here on sums in `_share` could overflow
+    for part in x.split(_CHUNK):
+        low, high = part.aminmax()
+        if -huge < low and high < huge:
+            part.copy_(_share(part, count, index))
+        else:
+            shares = torch.where(part.abs() < huge, _share(part, count, index), _share(part / 8, count, index) * 8)
+            part.copy_(torch.where(part.isfinite(), shares, part))
+
+
+def _share(x: Tensor, count: int, index: int) -> Tensor:
+    # Adding and subtracting c = 1.5 * 2^e, where 2^e <= |x| < 2^(e+1), rounds to a multiple of u; c has x's sign.
+    integer, mantissa = (torch.int32, 23) if x.dtype == torch.float32 else (torch.int64, 52)
+    c = x.view(integer).bitwise_and(-1 << mantissa).bitwise_or_(1 << (mantissa - 1)).view(x.dtype)
+    low = (x * (index / count)).add_(c)  # T_i + c; no fused multiply-add, which not every processor has
+    if index == count - 1:
+        return torch.sub(x, low.sub_(c)).copysign_(x)
+    return (x * ((index + 1) / count)).add_(c).sub_(low).copysign_(x)
+
+
+def _groups(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[Tensor]]:
+    """Group tensors by device and by the dtype in which they are reduced."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            dtype = torch.int64
+        elif tensor.dtype == torch.float64:
+            dtype = torch.float64
+        else:
+            dtype = torch.float32
+        groups.setdefault((dtype, tensor.device), []).append(tensor)
+    return groups

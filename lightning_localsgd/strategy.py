@@ -1,0 +1,517 @@
+"""WHERE in Lightning: the strategy, whose hooks count steps and let the workers agree at the right places."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.nn import Module, SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_localsgd import _lightning
+from lightning_localsgd.collectives import Collectives, MetricSync, StepWarning
+from lightning_localsgd.header import Decision, Header, Message, Want
+from lightning_localsgd.mean import Mean
+from lightning_localsgd.replica import Replica
+from lightning_localsgd.schedule import Clock, Every, Schedule
+
+_KEY = "lightning_localsgd"  # our entry in a checkpoint
+_T = TypeVar("_T")
+
+
+class LocalSGDStrategy(DDPStrategy):
+    r"""Train by parallel restarted SGD: workers train alone for a round, then restart from the mean of their models.
+
+    .. math::
+
+        x_i^t = \begin{cases}
+            \frac{1}{N} \sum_j \left(x_j^{t-1} - \gamma G_j^t\right) & t \bmod I = 0 \\
+            x_i^{t-1} - \gamma G_i^t & \text{otherwise}
+        \end{cases}
+
+    Args:
+        period: the interval :math:`I`, an int of at least 1, or a :class:`Schedule`. Between averages no rank
+            communicates. While every round has had length 1, *gradients* are averaged, exactly as ``DDPStrategy`` does.
+        mean: how the models are averaged.
+        accelerator: as in ``DDPStrategy``, and so are all that follow.
+        parallel_devices: the devices of this node.
+        cluster_environment: tells rank and world size.
+        checkpoint_io: reads and writes checkpoints.
+        precision_plugin: the precision.
+        process_group_backend: for example ``"gloo"`` or ``"nccl"``.
+        timeout: how long a worker waits for the others in an average before it gives up; longer than a round.
+        start_method: how processes are started.
+
+    Raises:
+        ValueError: if ``period`` is not an int of at least 1 or a schedule, with ``Trainer(sync_batchnorm=True)`` or
+            a ``SyncBatchNorm`` in the module, and with LBFGS while gradients are averaged.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(strategy=LocalSGDStrategy(period=8), accelerator="cpu", devices=1, logger=False)
+
+    Paper: Yu, Yang, Zhu, *Parallel Restarted SGD with Faster Convergence and Less Communication*, AAAI 2019
+    (arXiv 1807.06629).
+    """
+
+    strategy_name = "localsgd"
+
+    def __init__(
+        self,
+        period: int | Schedule = 8,
+        *,
+        mean: Mean = Mean(),
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        if not isinstance(mean, Mean):
+            raise ValueError(f"`mean` must be a `Mean`, got {mean!r}.")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            **_ddp_options(),
+        )
+        self.schedule = period if isinstance(period, Schedule) else Every(period)
+        self.mean = mean
+        self._undo = ExitStack()  # of what a fit has wrapped
+        self._header: Header | None = None
+        self._fitting = False  # between `setup` and `teardown` of a fit
+        self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
+        self._resumed: dict[str, int] | None = None
+
+    @property
+    def _layer_sync(self) -> LayerSync | None:
+        return None
+
+    @_layer_sync.setter
+    def _layer_sync(self, layer_sync: LayerSync | None) -> None:
+        if layer_sync is not None:
+            raise ValueError(
+                "`sync_batchnorm` must be False with `LocalSGDStrategy`, got True: it communicates in every forward "
+                "pass, and the statistics of ordinary BatchNorm layers are averaged with the model."
+            )
+
+    # ------------------------------------------------------------------------------------------------ set up, tear down
+
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return super().setup(trainer)
+        assert self.lightning_module is not None
+        for name, module in self.lightning_module.named_modules():
+            if isinstance(module, SyncBatchNorm):
+                raise ValueError(f"A module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}.")
+        super().setup(trainer)
+        if not self._clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
+            raise ValueError(
+                "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
+                "rule can end on one worker while the others wait."
+            )
+        self._undo = _lightning.attach(trainer, self)
+        self._undo.callback(MetricSync(self._gather_metric).attach(self.lightning_module))
+        for optimizer in self.optimizers:  # so that also a step past `LightningOptimizer` counts
+            self._undo.callback(optimizer.register_step_post_hook(self._note_step).remove)
+
+    def configure_ddp(self) -> None:
+        """Start a run: all workers from rank 0's model."""
+        assert isinstance(self.model, LightningModule)
+        if self._header is None:
+            self._header = Header(self.global_rank, self.world_size, self._timeout)
+        self._clock = Clock(self.schedule, self.world_size, self._resumed)
+        self._replica = Replica(self.model)
+        self._collectives = Collectives(self._ask, self.root_device)
+        self._warn_of_step = StepWarning()
+        self._fitting = True
+        self._stepped = self._touched = False  # since the last average: has this worker stepped, run a training step?
+        self._optimizer_stepped = False  # in this manual training step
+        self._accumulating = False  # is this batch's gradient only added to the next one's?
+        self._step_is_open = False  # has this step, which averages gradients, sent its header?
+        self._put_off = False  # is a validation due at the end of the epoch?
+        self._inside_consensus = self._swapped = False  # `swapped`: the module holds other weights than its own
+        self._signals = self._agreed_signals = 0  # received here; known to all
+        self._written: set[str] = set()  # checkpoints that this rank wrote because rank 0 was elsewhere
+        self._exchange(Want.EPOCH)  # raises on all ranks if their models differ
+        if self.world_size > 1:
+            self.mean.broadcast(self._replica.tensors())
+            if not self._clock.averages_models:
+                self.model = self._setup_model(self.model)
+
+    def teardown(self) -> None:
+        self._undo.close()
+        self._fitting = self._running = False
+        self._resumed = None
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.lightning_module
+        super().teardown()
+
+    # ------------------------------------------------------------------------------------------------- steps and rounds
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._running = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self._agreed_signals or (self._signals and self.world_size == 1):
+            self._ask(Want.SIGNAL)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._clock.averages_models:
+            if not self._step_is_open:
+                self._ask(Want.STEP)
+            self._step_is_open = self._accumulating
+        self._touched = True
+        self._optimizer_stepped = False
+        output = super().training_step(*args, **kwargs)
+        if not self._automatic:
+            self._average_buffers()
+            if self._optimizer_stepped:
+                self._end_step()
+        return output
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        self._accumulating = True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._accumulating = False
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if self._automatic:
+            self._average_buffers()
+        return loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._optimizer_stepped = True  # also where a GradScaler has skipped the step: ranks must agree
+        if self._automatic:
+            self._end_step()
+        return output
+
+    @property
+    def _automatic(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.automatic_optimization
+
+    def _note_step(self, *_: Any) -> None:
+        self._optimizer_stepped = True
+
+    def _average_buffers(self) -> None:
+        """While gradients are averaged: average what the forward pass has changed, in step with the gradients."""
+        if self._clock.averages_models or self._accumulating:
+            return
+        self._touched = False
+        if self.world_size > 1:
+            self.mean.average(self._replica.buffers(), [1] * self.world_size, self.global_rank)
+
+    def _end_step(self) -> None:
+        over = self._clock.tick()
+        if self._clock.averages_models:
+            self._stepped = True
+            if over:
+                self._ask(Want.ROUND)
+        elif over:
+            self._clock.next_round(self._clock.step)
+            if self._clock.averages_models:
+                self.model = self.lightning_module  # the reducer goes with its memory, and does not come back
+
+    def _end_round(self, decision: Decision) -> None:
+        if any(decision.weights):
+            self._average(decision.weights)
+            self._stepped = self._touched = False
+            self._clock.next_round(decision.step)
+
+    def _average(self, weights: Sequence[int], write: bool = True) -> None:
+        if self.world_size > 1 and any(weights):
+            self.mean.average(self._replica.tensors(), weights, self.global_rank, write)
+
+    # ------------------------------------------------------------------------------------------------------ the protocol
+
+    def _exchange(self, want: Want, detail: int = 0) -> Decision:
+        assert self._header is not None
+        decision = self._header.exchange(
+            Message(
+                want,
+                detail,
+                stepped=int(self._stepped),
+                touched=int(self._touched),
+                step=self._clock.step,
+                signals=self._signals,
+                layout=self._replica.layout() if want.offers_replica and self.world_size > 1 else 0,
+            )
+        )
+        self._agreed_signals |= decision.signals
+        return decision
+
+    def _ask(self, want: Want, detail: int = 0) -> Decision:
+        """Send headers, and take part in what the others want, until this rank's own want is served."""
+        while True:
+            decision = self._exchange(want, detail)
+            asked = self.global_rank in decision.askers
+            if decision.want is Want.ROUND or (decision.want is Want.OVER and decision.unanimous):
+                self._end_round(decision)
+            elif decision.want is Want.VALIDATE and not decision.unanimous:
+                self._put_off_validation(decision)
+            elif decision.want is Want.SIGNAL:
+                self._act_on_signals()
+            elif decision.want is Want.CONSENSUS and not asked:
+                self._average(decision.weights, write=False)
+            elif not asked:
+                self._collectives.stand_in(decision)
+            if asked:
+                return decision
+
+    def _put_off_validation(self, decision: Decision) -> None:
+        self._put_off = True
+        rank_zero_warn(
+            f"Rank {decision.askers[0]} reached a validation in mid-epoch that other ranks did not reach, because their "
+            "data in this epoch has ended: all validate at the end of the epoch instead."
+        )
+
+    def _act_on_signals(self) -> None:
+        signals, self._signals, self._agreed_signals = self._agreed_signals | self._signals, 0, 0
+        _lightning.act_on(self._trainer, signals)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # What `_lightning.attach` calls at places that a strategy has no hook for.
+
+    def starts_epoch(self) -> bool:
+        decision = self._ask(Want.EPOCH)
+        if decision.want is Want.OVER:
+            rank_zero_warn(
+                f"Some ranks have ended their fit at step {decision.step} while rank {decision.askers[0]} would go on "
+                "with another epoch: all end their fit here."
+            )
+        return decision.want is Want.EPOCH
+
+    def ends_epoch(self) -> None:
+        self._ask(Want.ENDED)
+        self._step_is_open = False
+        if self._agreed_signals:
+            self._act_on_signals()
+        if self._put_off:
+            self._put_off = False
+            _lightning.validate_now(self._trainer)
+
+    def validates(self, run: Callable[[], Any]) -> Any:
+        if not self._running:  # the sanity check
+            return run()
+        if self._put_off:
+            return []
+        decision = self._ask(Want.VALIDATE)
+        if not decision.unanimous:
+            return []
+        with self._holding_consensus(decision.weights):
+            return run()
+
+    def ends_fit(self) -> None:
+        self._ask(Want.OVER)
+
+    def has_data_somewhere(self, here: bool) -> bool:
+        return self.reduce_boolean_decision(here, all=False)
+
+    def receives(self, signals: int) -> None:
+        self._signals |= signals
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.world_size > 1:
+            # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in
+            # their `on_train_end`, after the last average.
+            digests = self._ask(Want.LEAVE, self._replica.digest()).detail
+            if digests > 1:
+                self._average([1] * self.world_size)
+        self._running = False
+
+    # --------------------------------------------------------------------------------------------------------- consensus
+
+    @contextmanager
+    def consensus(self) -> Generator[None, None, None]:
+        """Within it the module holds the mean of all replicas; after it, its own weights again, bit for bit.
+
+        What is written into a buffer inside stays; what is written into a parameter does not. It may be nested.
+        Outside of ``fit`` all replicas are equal and nothing happens. All ranks enter it together.
+
+        Example:
+            In a callback: ``with trainer.strategy.consensus(): torch.save(pl_module.state_dict(), path)``
+        """
+        if not self._communicates or self._inside_consensus:
+            yield
+            return
+        decision = self._ask(Want.CONSENSUS)
+        with self._holding_consensus(decision.weights):
+            yield
+
+    @contextmanager
+    def _holding_consensus(self, weights: Sequence[int]) -> Generator[None, None, None]:
+        own = self._replica.snapshot() if self.world_size > 1 and any(weights) else None
+        self._inside_consensus, self._swapped = True, own is not None
+        try:
+            self._average(weights)
+            if own is not None:
+                own.mark()
+            yield
+        finally:
+            self._inside_consensus = self._swapped = False
+            if own is not None:
+                own.restore()
+
+    def synchronize(self) -> None:
+        """End the round now: all workers average their models and start the next round.
+
+        Call it on all ranks, between steps (not inside ``training_step``). Outside of ``fit`` nothing happens.
+
+        Raises:
+            RuntimeError: inside :meth:`consensus`.
+        """
+        if not self._communicates:
+            return
+        if self._inside_consensus:
+            raise RuntimeError("`synchronize` cannot be called inside `consensus()` or validation.")
+        self._ask(Want.ROUND)
+
+    @property
+    def _communicates(self) -> bool:
+        """Whether this rank may send headers: in training, and not on the way out with an exception."""
+        return self._running and not self._trainer.interrupted
+
+    # ------------------------------------------------------------------------------------------------------- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with self.consensus():
+            state = super().lightning_module_state_dict()
+            return deepcopy(state) if self._swapped else state  # written after the module has its own weights again
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self._fitting:
+            checkpoint[_KEY] = self._clock.state_dict()
+        if not self._communicates:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        writer = self._ask(Want.WRITE).askers[0]  # rank 0, unless it is elsewhere
+        if self.global_rank == writer:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            if writer > 0:
+                self._written.add(str(filepath))
+                warnings.warn(f"Rank {writer} has written {filepath}, because rank 0 was elsewhere.", stacklevel=2)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self._fitting and str(filepath) in self._written:
+            self.checkpoint_io.remove_checkpoint(filepath)
+        else:
+            super().remove_checkpoint(filepath)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(*args, **kwargs)
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = checkpoint.get(_KEY)
+        return checkpoint
+
+    # -------------------------------------------------------------------------------------------- Lightning's collectives
+
+    @property
+    def _is_silent(self) -> bool:
+        """Whether there is nobody to talk to, or no talking on the way out with an exception."""
+        return self.world_size == 1 or (self._fitting and self._trainer.interrupted)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_silent:
+            return
+        if self._running:
+            self._ask_for_lightning(Want.BARRIER)
+        else:
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        if self._is_silent:
+            return obj
+        if not self._running:
+            return super().broadcast(obj, src)
+        self._warn_of_step()
+        value: _T = self._collectives.broadcast(obj, src)
+        return value
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        if self._is_silent or not isinstance(tensor, Tensor):
+            return tensor
+        if not self._running or group not in (None, dist.group.WORLD):
+            return super().reduce(tensor, group, reduce_op)
+        self._warn_of_step()
+        return self._collectives.reduce(tensor, reduce_op, lambda: super(LocalSGDStrategy, self).reduce(tensor, group, reduce_op))[0]
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self._is_silent or not self._running:
+            return decision if self._is_silent else super().reduce_boolean_decision(decision, all)
+        votes = torch.tensor(int(decision), device=self.root_device)
+        total, count = self._collectives.reduce(votes, "sum", lambda: super(LocalSGDStrategy, self).reduce(votes, reduce_op="sum"))
+        return bool(total == count) if all else bool(total)
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        if self._is_silent:
+            return tensor.unsqueeze(0)
+        if self._running and group in (None, dist.group.WORLD):
+            self._ask_for_lightning(Want.ALL_GATHER)
+        return super().all_gather(tensor, group, sync_grads)
+
+    def _gather_metric(self, tensor: Tensor) -> list[Tensor]:
+        if self._is_silent:
+            return [tensor]
+        if not self._running:
+            return list(gather_all_tensors(tensor))
+        self._warn_of_step()
+        return self._collectives.gather(tensor)
+
+    def _ask_for_lightning(self, want: Want) -> None:
+        self._warn_of_step()
+        self._ask(want)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        if cls.strategy_name not in strategy_registry:
+            strategy_registry.register(cls.strategy_name, cls, description="Parallel restarted SGD, by model averaging")
+
+
+def _ddp_options() -> dict[str, bool]:
+    """Return how gradients are averaged in rounds of length 1: whatever a module uses, buffers and first model by us."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # since torch 2.13
+    return {"find_unused_parameters": True, "init_sync": False, sync_buffers: False}
