@@ -1,0 +1,86 @@
+"""What is decided from a header: pure, so tested for every mixture of wants."""
+
+import itertools
+
+import pytest
+
+from lightning_localsgd.header import Decision, Header, Message, Want, decide
+
+SERVED_FOR_SOME = [Want.BARRIER, Want.WRITE, Want.BROADCAST, Want.REDUCE, Want.GATHER, Want.CONSENSUS]
+# What a rank may want while another one is still in the same epoch.
+IN_EPOCH = [*SERVED_FOR_SOME, Want.VALIDATE, Want.ROUND, Want.SIGNAL, Want.ENDED]
+
+
+def wants(*messages):
+    return decide([message if isinstance(message, Message) else Message(message) for message in messages])
+
+
+@pytest.mark.parametrize("want", list(Want))
+def test_what_all_want_is_done_by_all(want):
+    decision = wants(want, want, want)
+    assert (decision.want, decision.askers, decision.unanimous) == (want, (0, 1, 2), True)
+
+
+@pytest.mark.parametrize("mixture", list(itertools.combinations(IN_EPOCH, 2)), ids=str)
+def test_every_mixture_within_an_epoch_serves_somebody(mixture):
+    for order in itertools.permutations([*mixture, mixture[0]]):
+        decision = wants(*order)
+        assert decision.want == min(mixture)
+        assert decision.askers == tuple(rank for rank, want in enumerate(order) if want == min(mixture))
+
+
+@pytest.mark.parametrize("want", SERVED_FOR_SOME)
+@pytest.mark.parametrize("elsewhere", [Want.STEP, Want.EPOCH, Want.OVER, Want.LEAVE])
+def test_collectives_of_lightning_are_served_wherever_the_others_wait(want, elsewhere):
+    assert wants(elsewhere, want).askers == (1,)
+
+
+def test_ranks_that_ask_for_different_things_of_a_kind_are_served_in_turn():
+    decision = wants(Message(Want.REDUCE, detail=7), Message(Want.REDUCE, detail=9), Message(Want.REDUCE, detail=7))
+    assert (decision.askers, decision.detail) == ((0, 2), 7)
+
+
+def test_one_rank_that_has_ended_its_fit_ends_it_for_all():
+    decision = wants(Want.EPOCH, Want.OVER, Want.EPOCH)
+    assert (decision.want, decision.askers) == (Want.OVER, (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (Want.STEP, Want.ENDED, "rank 0 starts a training step at its step 5 while rank 1 has no more data"),
+        (Want.ENDED, Want.STEP, "rank 1 starts a training step at its step 5 while rank 0 has no more data"),
+        (Want.STEP, Want.ROUND, "rank 1 ends a round at its step 5 while rank 0 starts a training step"),
+        (Want.ALL_GATHER, Want.ENDED, "rank 0 calls `all_gather` at its step 5 while rank 1 has no more data"),
+        (Want.ENDED, Want.EPOCH, "come apart"),
+    ],
+)
+def test_what_cannot_be_had_is_the_same_error_everywhere(first, second, says):
+    with pytest.raises(RuntimeError, match=says):
+        wants(Message(first, step=5), Message(second, step=5))
+
+
+def test_weights_are_those_who_stepped_or_else_those_who_ran_a_training_step():
+    assert wants(Message(Want.ROUND, stepped=1, touched=1), Message(Want.ENDED, touched=1)).weights == (1, 0)
+    assert wants(Message(Want.CONSENSUS, touched=1), Message(Want.CONSENSUS)).weights == (1, 0)
+    assert wants(Message(Want.CONSENSUS), Message(Want.CONSENSUS)).weights == (0, 0)
+
+
+def test_the_step_is_the_largest_and_signals_are_united():
+    decision = wants(Message(Want.ROUND, step=8, signals=1), Message(Want.ENDED, step=3, signals=2))
+    assert (decision.step, decision.signals) == (8, 3)
+
+
+def test_another_layout_is_refused_by_rank():
+    odd = [Message(Want.ROUND, layout=layout) for layout in (4, 0, 5)]
+    with pytest.raises(RuntimeError, match="parameters and buffers of rank 2 differ from those of rank 0"):
+        wants(*odd)
+
+
+def test_digests_are_counted_when_leaving():
+    assert wants(Message(Want.LEAVE, 11), Message(Want.LEAVE, 11)).detail == 1
+    assert wants(Message(Want.LEAVE, 11), Message(Want.LEAVE, 12)).detail == 2
+
+
+def test_one_worker_decides_for_itself():
+    assert Header(0, 1).exchange(Message(Want.ROUND, stepped=1, step=3)) == Decision(Want.ROUND, (0,), 1, 0, (1,), 3, 0)
