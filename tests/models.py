@@ -66,11 +66,11 @@ class Regression(LightningModule):
     def __init__(self, optimizer: str = "sgd", norm: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.net = network(seed=rank(), norm=norm, dtype=dtype)
-        self.name = optimizer
+        self.name, self.norm = optimizer, norm
 
     def setup(self, stage: str) -> None:
         with torch.no_grad():  # also under `spawn`, where the constructor ran before the ranks were known
-            for own, other in zip(self.parameters(), network(rank(), norm=len(self.net) > 3).parameters(), strict=True):
+            for own, other in zip(self.parameters(), network(rank(), self.norm).parameters(), strict=True):
                 own.copy_(other)
 
     def loss(self, batch: Batch) -> Tensor:

@@ -1,0 +1,178 @@
+"""The command line: real runs of every configuration, and what it parses and prints."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_localsgd.cli import main
+from tests.shell import COMMAND, QUIET, ROOT, ok, run
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SUBCOMMANDS = ["fit", "validate", "test", "predict"]
+DIGITS = ["fit", "--config", "configs/digits.yaml"]
+README = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("lightning-localsgd ")]
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    """Return what the command prints that is called with these arguments in this process, and ends by itself."""
+
+    def call(*args, code=0):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", ["lightning-localsgd", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert (end.value.code or 0) == code, err
+        return out + err
+
+    return call
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.name)
+def trained(request, tmp_path_factory):
+    """Run a configuration for some steps; return its folder, with the saved configuration and the checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param.stem)
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=20", f"--trainer.default_root_dir={folder}"]
+    printed = ok(COMMAND, "fit", "--config", request.param, *few, *QUIET)
+    devices = yaml.safe_load(request.param.read_text())["trainer"]["devices"]
+    assert f"Starting with {devices} processes" in printed
+    return folder / "lightning_logs" / "version_0"
+
+
+def checkpoint_of(folder: Path) -> Path:
+    (path,) = folder.glob("checkpoints/*.ckpt")
+    return path
+
+
+def test_a_configuration_trains(trained):
+    checkpoint = torch.load(checkpoint_of(trained), weights_only=True)
+    clock = checkpoint["lightning_localsgd"]
+    assert checkpoint["global_step"] == clock["start"] + clock["taken"] > clock["start"] > 0
+    assert clock["round"] > 0
+
+
+def test_the_saved_configuration_goes_on(trained, tmp_path):
+    before = torch.load(checkpoint_of(trained), weights_only=True)
+    again = ["--config", trained / "config.yaml", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2"]
+    ok(COMMAND, "fit", *again, "--ckpt_path", checkpoint_of(trained))
+    after = torch.load(checkpoint_of(tmp_path / "lightning_logs" / "version_0"), weights_only=True)
+    assert after["global_step"] == 2 * before["global_step"]
+    clock = after["lightning_localsgd"]
+    assert clock["start"] + clock["taken"] == after["global_step"]
+    assert clock["start"] % 8 == 0  # and not 8 steps after the checkpoint, or after its last round
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "workers", "told"),
+    [("validate", 1, r"val_accuracy"), ("test", 2, r"test_images +│ +360\.0"), ("predict", 2, "")],
+)
+def test_a_checkpoint_is_evaluated(trained, tmp_path, subcommand, workers, told):
+    options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.devices={workers}", *QUIET]
+    with_model = ["--config", trained / "config.yaml", "--ckpt_path", checkpoint_of(trained)]
+    printed = ok(sys.executable, "-m", "lightning_localsgd", subcommand, *with_model, *options)
+    assert f"Starting with {workers} processes" in printed
+    assert "Loaded model weights from the checkpoint" in printed
+    assert re.search(told, printed)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_the_printed_configuration_is_parsed_and_printed_again(parse, config, tmp_path):
+    printed = parse("fit", "--config", config, "--print_config")
+    (tmp_path / "again.yaml").write_text(printed)
+    assert parse("fit", "--config", tmp_path / "again.yaml", "--print_config") == printed
+    given, all_of_it = yaml.safe_load(config.read_text()), yaml.safe_load(printed)
+    assert includes(all_of_it, given)
+
+
+def includes(whole: object, part: object) -> bool:
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(key in whole and includes(whole[key], part[key]) for key in part)
+    return whole == part
+
+
+def strategy(printed: str) -> dict:
+    return yaml.safe_load(printed)["trainer"]["strategy"]
+
+
+def test_a_period_by_its_short_name(parse):
+    short = [
+        "--trainer.strategy=LocalSGDStrategy",
+        "--trainer.strategy.period=Every",
+        "--trainer.strategy.period.period=4",
+    ]
+    found = strategy(parse("fit", "--model=examples.digits.Digits", *short, "--print_config"))
+    assert found["class_path"] == "lightning_localsgd.LocalSGDStrategy"
+    assert found["init_args"]["period"] == {"class_path": "lightning_localsgd.Every", "init_args": {"period": 4}}
+
+
+def test_our_strategy_is_the_default(parse):
+    options = ["--trainer.strategy.period=5", "--trainer.strategy.mean.bucket_mb=3"]
+    found = strategy(parse("fit", "--model=examples.digits.Digits", *options, "--print_config"))
+    assert found["class_path"] == "lightning_localsgd.LocalSGDStrategy"
+    assert found["init_args"]["period"] == 5
+    assert found["init_args"]["mean"] == {"bucket_mb": 3.0}
+    assert strategy(parse(*DIGITS, "--trainer.strategy=ddp", "--print_config")) == "ddp"
+
+
+def test_a_file_in_the_current_folder_is_found(tmp_path):
+    (tmp_path / "mine.py").write_text("from lightning.pytorch.demos.boring_classes import BoringModel as Mine\n")
+    assert "class_path: mine.Mine" in ok(COMMAND, "fit", "--model=mine.Mine", "--print_config", cwd=tmp_path).replace(
+        "lightning.pytorch.demos.boring_classes.BoringModel", "mine.Mine"
+    )
+
+
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_help(parse, subcommand):
+    assert subcommand in parse("--help")
+    printed = parse(subcommand, "--help")
+    assert printed.startswith(f"usage: lightning-localsgd [options] {subcommand} ")
+    assert "--trainer.strategy " in printed
+
+
+def test_both_commands_are_one():
+    printed = ok(COMMAND, "--help")
+    assert printed.startswith("usage: lightning-localsgd ")
+    assert ok(sys.executable, "-m", "lightning_localsgd", "--help") == printed
+
+
+@pytest.mark.parametrize("line", README)
+def test_what_the_readme_says_is_parsed(parse, line):
+    _, *words = shlex.split(line)
+    assert yaml.safe_load(parse(*words, "--print_config"))["model"]["class_path"] == "examples.digits.Digits"
+
+
+def test_the_readme_says_something():
+    assert len(README) >= 3
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--trainer.strategy.perod=3", "Option 'perod' is not accepted"),
+        ("--trainer.strategy.period=1.5", "1.5"),
+        ("--trainer.strategy.period=Evry", "Evry"),
+        ("--trainer.strategy.find_unused_parameters=true", "Option 'find_unused_parameters' is not accepted"),
+    ],
+)
+def test_what_cannot_be_parsed_is_named(parse, option, told):
+    assert told in parse(*DIGITS, option, code=2)
+
+
+def test_an_unknown_key_in_a_file_is_named(parse, tmp_path):
+    text = (ROOT / "configs" / "digits.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text.replace("period: 8", "periods: 8"))
+    assert "'periods' is not accepted" in parse("fit", "--config", tmp_path / "wrong.yaml", code=2)
+
+
+def test_a_wrong_period_ends_before_any_process_waits():
+    finished = run(COMMAND, *DIGITS, "--trainer.strategy.period=0")
+    assert finished.code != 0
+    assert "`period` must be an int of at least 1, got 0." in finished.output
+    assert "Initializing distributed" not in finished.output

@@ -1,0 +1,78 @@
+"""The examples: real runs, and the data that they are judged by."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from examples.digits import DigitsData
+from tests.shell import COMMAND, QUIET, ROOT, ok, run
+
+DIGITS = ROOT / "examples" / "digits.py"
+LAST_LINE = re.compile(r"held-out test accuracy: (\d\.\d{4}) on (\d+) images")
+
+
+def test_two_workers_learn_the_digits(tmp_path):
+    printed = ok(sys.executable, DIGITS, cwd=tmp_path)
+    accuracy, images = LAST_LINE.fullmatch(printed.splitlines()[-1]).groups()
+    assert float(accuracy) >= 0.97
+    assert images == "360"
+    assert "Starting with 2 processes" in printed
+    assert "Epoch 19/19" in printed  # the progress bar
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_configuration_trains_the_same_and_too_little_of_it_is_a_failure(tmp_path):
+    script = run(sys.executable, DIGITS, "--epochs=1")
+    assert script.code == 1
+    accuracy, _ = LAST_LINE.search(script.output).groups()
+    assert float(accuracy) < 0.97
+    assert "below 0.97" in script.output.splitlines()[-1]
+
+    options = [f"--trainer.default_root_dir={tmp_path}", *QUIET]
+    ok(COMMAND, "fit", "--config", "configs/digits.yaml", "--trainer.max_epochs=1", *options)
+    (checkpoint,) = tmp_path.glob("**/*.ckpt")
+    printed = ok(COMMAND, "test", "--config", "configs/digits.yaml", "--ckpt_path", checkpoint, *options)
+    assert f"{float(re.search(r'test_accuracy +│ +([0-9.]+)', printed)[1]):.4f}" == accuracy
+
+
+@pytest.fixture
+def data():
+    made = DigitsData()
+    made.setup("fit")
+    return made
+
+
+def rows(dataset) -> list[tuple]:
+    return [(*image.flatten().tolist(), int(digit)) for image, digit in dataset]
+
+
+def test_no_image_is_in_two_parts_and_each_part_has_each_digit(data):
+    parts = [data.train, data.val, data.test]
+    assert [len(part) for part in parts] == [1257, 180, 360]
+    assert len({row for part in parts for row in rows(part)}) == 1797
+    for part in parts:
+        counts = torch.bincount(part.tensors[1], minlength=10)
+        assert counts.min() > 0.09 * len(part)
+        assert counts.max() < 0.11 * len(part)
+
+
+def test_the_seed_decides_the_parts(data):
+    again, other = DigitsData(), DigitsData(seed=1)
+    again.setup("test")
+    other.setup("test")
+    assert rows(again.test) == rows(data.test)
+    assert rows(other.test) != rows(data.test)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["val", "test", "predict"])
+def test_each_held_out_image_counts_once(data, workers, kind):
+    seen = []
+    for rank in range(workers):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=workers)
+        for images, digits in getattr(data, f"{kind}_dataloader")():
+            seen += rows(zip(images, digits, strict=True))
+    assert sorted(seen) == sorted(rows(data.val if kind == "val" else data.test))
