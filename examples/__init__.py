@@ -1,0 +1,1 @@
+"""Programs to run and to read, one for each question that a newcomer has."""
