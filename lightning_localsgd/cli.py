@@ -9,11 +9,18 @@ from lightning.pytorch.cli import LightningCLI
 def main() -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with a model, data and trainer given by YAML or flags.
 
-    Classes are named by import path, and are also looked for in the current directory.
+    Classes are named by import path, and are also looked for in the current directory; ours, as ``Every``, by their
+    name alone. The strategy is :class:`~lightning_localsgd.LocalSGDStrategy` unless another one is named.
 
     Example:
-        ``lightning-localsgd fit --config configs/digits.yaml``
+        ``lightning-localsgd fit --config configs/digits.yaml --trainer.strategy.period 4``
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m lightning_localsgd` does
-    LightningCLI()
+    LightningCLI(
+        trainer_defaults={"strategy": {"class_path": "lightning_localsgd.LocalSGDStrategy"}},
+        parser_kwargs={
+            "prog": "lightning-localsgd",  # also for `python -m`, where it would be `__main__.py`
+            "description": "Train by parallel restarted SGD: workers train alone for a round, then agree on one model.",
+        },
+    )

@@ -22,7 +22,7 @@ class Finished:
 
 
 def run(*command: object, cwd: Path = ROOT, timeout: float = 240) -> Finished:
-    """Run ``command`` in ``cwd``; its processes are killed after ``timeout`` seconds, which raises ``TimeoutExpired``."""
+    """Run ``command`` in ``cwd``; after ``timeout`` seconds kill its processes and raise ``TimeoutExpired``."""
     process = Popen(
         [str(word) for word in command],
         cwd=cwd,

@@ -8,34 +8,16 @@ import pytest
 import torch
 
 from examples.digits import DigitsData
-from tests.shell import COMMAND, QUIET, ROOT, ok, run
-
-DIGITS = ROOT / "examples" / "digits.py"
-LAST_LINE = re.compile(r"held-out test accuracy: (\d\.\d{4}) on (\d+) images")
+from tests.shell import ROOT, ok
 
 
 def test_two_workers_learn_the_digits(tmp_path):
-    printed = ok(sys.executable, DIGITS, cwd=tmp_path)
-    accuracy, images = LAST_LINE.fullmatch(printed.splitlines()[-1]).groups()
+    printed = ok(sys.executable, ROOT / "examples" / "digits.py", cwd=tmp_path)
+    accuracy = re.fullmatch(r"held-out test accuracy: (\d\.\d{4}) on 360 images", printed.splitlines()[-1])[1]
     assert float(accuracy) >= 0.97
-    assert images == "360"
     assert "Starting with 2 processes" in printed
     assert "Epoch 19/19" in printed  # the progress bar
     assert not list(tmp_path.iterdir())
-
-
-def test_the_configuration_trains_the_same_and_too_little_of_it_is_a_failure(tmp_path):
-    script = run(sys.executable, DIGITS, "--epochs=1")
-    assert script.code == 1
-    accuracy, _ = LAST_LINE.search(script.output).groups()
-    assert float(accuracy) < 0.97
-    assert "below 0.97" in script.output.splitlines()[-1]
-
-    options = [f"--trainer.default_root_dir={tmp_path}", *QUIET]
-    ok(COMMAND, "fit", "--config", "configs/digits.yaml", "--trainer.max_epochs=1", *options)
-    (checkpoint,) = tmp_path.glob("**/*.ckpt")
-    printed = ok(COMMAND, "test", "--config", "configs/digits.yaml", "--ckpt_path", checkpoint, *options)
-    assert f"{float(re.search(r'test_accuracy +│ +([0-9.]+)', printed)[1]):.4f}" == accuracy
 
 
 @pytest.fixture
