@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,7 +48,9 @@ class Setting:
 
 def loader(batches=4, size=2, **options):
     """Return a loader that gives `batches` batches to each of two workers, by Lightning's distributed sampler."""
-    return DataLoader(TensorDataset(*models.batch(worker=7, index=0, size=2 * batches * size)), batch_size=size, **options)
+    return DataLoader(
+        TensorDataset(*models.batch(worker=7, index=0, size=2 * batches * size)), batch_size=size, **options
+    )
 
 
 def catch(function, *args, **options):

@@ -4,7 +4,6 @@ from datetime import timedelta
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -37,7 +36,6 @@ def contents(setting):
     for name in files(setting):
         if name.endswith(".ckpt"):
             checkpoint = torch.load(setting.path / name, weights_only=True)
-            assert (KEY in checkpoint) == (setting.period is not None and "loops" in checkpoint)
             checkpoint.pop(KEY, None)
             seen[name] = {key: _without_paths(value, setting) for key, value in checkpoint.items()}
     return seen
@@ -55,7 +53,7 @@ def chosen(callback, setting):
     return [
         callback.best_model_path.replace(str(setting.path), ""),
         callback.last_model_path.replace(str(setting.path), ""),
-        {path.replace(str(setting.path), ""): float(score) for path, score in callback.best_k_models.items()},
+        {path.replace(str(setting.path), ""): str(score) for path, score in callback.best_k_models.items()},
     ]
 
 
@@ -73,7 +71,7 @@ def chosen(callback, setting):
         ({"save_last": True, "every_n_train_steps": 3}, {"max_steps": 5}),
         ({"save_last": "link", "save_top_k": -1}, {}),
         ({"save_last": True, "save_top_k": 0}, {}),
-        ({"save_weights_only": True}, {"max_steps": 3}),
+        ({"save_weights_only": True}, {}),
         ({"monitor": "score", "save_top_k": 1, "enable_version_counter": False, "filename": "best"}, {"max_epochs": 3}),
         ({}, {"max_steps": 3, "accumulate_grad_batches": 2}),
     ],
@@ -85,13 +83,9 @@ def test_files(setting, checkpoint, options):
     model = Scored("momentum")
     trainer.fit(model)
     trainer.strategy.barrier()
-    seen = {"files": files(setting), "contents": contents(setting), "chosen": _exact(chosen(callback, setting))}
+    seen = {"files": files(setting), "contents": contents(setting), "chosen": chosen(callback, setting)}
     trainer.strategy.barrier()
     return seen | {"step": trainer.global_step, "model": state_of(model)}
-
-
-def _exact(value):
-    return str(value)
 
 
 @same_as_ddp
@@ -148,10 +142,9 @@ def test_module_is_loaded_without_a_strategy(setting):
     run.fit(model)
     run.strategy.barrier()
     loaded = WithData.load_from_checkpoint(setting.path / "step=6.ckpt", weights_only=True)
-    alone = Trainer(accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_checkpointing=False,
-                    enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
-    assert loaded.name == "adamw"
-    return {"loaded": state_of(loaded), "rank": rank(), "alone": str(alone.state)}
+    with torch.no_grad():
+        outputs = loaded.net(torch.ones(1, 6))
+    return {"name": loaded.name, "model": state_of(loaded), "outputs": outputs}
 
 
 @same_as_ddp
@@ -163,12 +156,13 @@ def test_evaluation_of_a_checkpoint(setting):
     seen = [run.validate(model, ckpt_path=path, verbose=False) for path in ("best", "last")]
     seen += [run.test(model, ckpt_path=path, verbose=False) for path in ("best", "last")]
     seen.append(run.predict(model, ckpt_path="best"))
-    fresh = setting.trainer()
+    fresh = setting.trainer(callbacks=[ModelCheckpoint(setting.path, monitor="score")], enable_checkpointing=True)
     seen.append(fresh.validate(Scored(), ckpt_path=callback.best_model_path, verbose=False))
     return {"seen": seen, "best": callback.best_model_path.replace(str(setting.path), ""), "model": state_of(model)}
 
 
 @same_as_ddp
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # the second run adds to it
 def test_early_stopping_and_checkpoint_resume_together(setting):
     callbacks = [EarlyStopping("score", patience=1), ModelCheckpoint(setting.path, monitor="score", save_last=True)]
     run = setting.trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=3)
@@ -191,6 +185,8 @@ class Fails(WithData):
 
 
 @same_as_ddp
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=None")  # Lightning looks for a last checkpoint,
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")  # and finds none
 @pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", "save_on_exception"])
 def test_checkpoint_on_exception(setting, kind):
     if kind == "OnExceptionCheckpoint":
@@ -199,8 +195,8 @@ def test_checkpoint_on_exception(setting, kind):
         callback = ModelCheckpoint(setting.path, save_on_exception=True)
     run = setting.trainer(callbacks=[callback], enable_checkpointing=True)
     error = catch(run.fit, Fails())
-    torch.distributed.barrier()
-    return {"error": error, "files": files(setting)}
+    torch.distributed.barrier()  # ours makes no collective on the way out with an exception
+    return {"error": error, "files": files(setting), "initialized": torch.distributed.is_initialized()}
 
 
 @same_as_ddp
@@ -209,7 +205,9 @@ def test_save_checkpoint_by_hand(setting):
     run = setting.trainer()
     path = setting.path / "early.ckpt"
     early = catch(run.save_checkpoint, path)
-    model.on_train_batch_end = lambda *_: run.save_checkpoint(setting.path / f"{run.global_step}.ckpt", weights_only=True)
+    model.on_train_batch_end = lambda *_: run.save_checkpoint(
+        setting.path / f"{run.global_step}.ckpt", weights_only=True
+    )
     run.fit(model)
     run.save_checkpoint(setting.path / "late.ckpt")
     return {"early": early, "files": files(setting), "contents": contents(setting), "model": state_of(model)}

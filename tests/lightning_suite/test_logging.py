@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from tests.lightning_suite.compare import catch, loader, same_as_ddp
+from tests.lightning_suite.compare import catch, same_as_ddp
 from tests.lightning_suite.recorder import WithData
 from tests.models import rank
 

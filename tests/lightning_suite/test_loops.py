@@ -138,8 +138,7 @@ def test_should_stop(setting, hook, minimum):
 @same_as_ddp
 @pytest.mark.parametrize(
     "hook",
-    ["on_fit_start", "on_before_zero_grad", "on_train_batch_end", "on_validation_start", "on_train_epoch_end"]
-    + ["on_train_end"],
+    ["on_fit_start", "on_before_zero_grad", "on_train_batch_end", "on_validation_start", "on_train_end"],
 )
 def test_exception(setting, hook):
     model, callback, calls = recorded()

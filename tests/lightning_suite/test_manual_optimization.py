@@ -97,7 +97,7 @@ class Adversaries(Regression):
         self.trained = []
 
     def setup(self, stage):
-        pass  # all ranks start alike
+        pass  # the first model is the constructor's
 
     def training_step(self, batch, batch_idx):
         generator, judge = self.optimizers()
@@ -144,8 +144,6 @@ def test_automatic(setting, name, options):
     trainer = setting.trainer(**options)
     trainer.fit(model, loader())
     return {"step": trainer.global_step, "optimizer": optimizer_states(trainer), "model": state_of(model)}
-
-
 
 
 class SkipsSteps(Regression):
@@ -212,7 +210,7 @@ class Partly(Regression):
         self.register_buffer("seen", torch.zeros(1))
 
     def setup(self, stage):
-        pass  # all ranks start alike
+        pass  # the first model is the constructor's
 
     def loss(self, batch):
         self.seen += 1
