@@ -72,10 +72,8 @@ def attach(trainer: Trainer, fit: Fit) -> ExitStack:
     def setup_data() -> None:
         before = loop._combined_loader
         data()
-        module = trainer.lightning_module
-        lenient = module.allow_zero_length_dataloader_with_multiple_devices or (
-            trainer.datamodule is not None and trainer.datamodule.allow_zero_length_dataloader_with_multiple_devices
-        )
+        owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+        lenient = any(getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False) for owner in owners)
         if lenient and loop._combined_loader is not before:
             here = loop.max_batches > 0
             if fit.has_data_somewhere(here) and not here:

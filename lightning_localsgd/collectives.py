@@ -74,7 +74,9 @@ class Collectives:
         elif decision.want is Want.REDUCE:
             numel, dtype = decision.detail >> 8, _DTYPES[decision.detail >> 3 & 31]
             name = list(_OPERATIONS)[decision.detail & 7]
-            dist.all_reduce(torch.full((numel,), _neutral(name, dtype), dtype=dtype, device=self._device), _OPERATIONS[name])
+            dist.all_reduce(
+                torch.full((numel,), _neutral(name, dtype), dtype=dtype, device=self._device), _OPERATIONS[name]
+            )
         elif decision.want is Want.GATHER:
             dtype = _DTYPES[decision.detail & 15]
             self._gather(decision, torch.zeros([0] * (decision.detail >> 4), dtype=dtype, device=self._device))
@@ -154,7 +156,7 @@ def _cause() -> str | None:
             return "`Trainer(max_time=...)`, or a `Timer` with `interval='step'`,"
         if isinstance(owner, ModelCheckpoint):
             return "`ModelCheckpoint(train_time_interval=...)`" if name == "on_train_batch_end" else None
-        if isinstance(owner, Metric) and name == "forward":
+        if isinstance(owner, Metric) and owner.dist_sync_on_step and name == "forward":
             return f"`{type(owner).__name__}(dist_sync_on_step=True)`"
         if isinstance(owner, Strategy) and name == "training_step":
             return "A collective in `training_step`"

@@ -80,7 +80,7 @@ class Decision:
         want: what is served.
         askers: the ranks whose want this is.
         size: the number of ranks.
-        detail: the askers' detail; for ``LEAVE``, whose detail is a digest of the replica, the number of different ones.
+        detail: the askers' detail; for ``LEAVE``, whose detail is a digest of the replica, how many digests there are.
         weights: for each rank whether its replica counts in a mean; all 0 if all replicas are equal.
         step: the largest step of all ranks.
         signals: the signals that any rank has received.
@@ -153,8 +153,8 @@ class Header:
     """
 
     def __init__(self, rank: int, size: int, timeout: timedelta | None = None) -> None:
-        self._rank = rank
-        self._size = size
+        self.rank = rank
+        self.size = size
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
 
     def exchange(self, message: Message) -> Decision:
@@ -162,7 +162,7 @@ class Header:
         if self._group is None:
             return decide([message])
         mine = torch.tensor([int(value) for value in astuple(message)], dtype=torch.int64)
-        rows = torch.empty(self._size, len(mine), dtype=torch.int64)
+        rows = torch.empty(self.size, len(mine), dtype=torch.int64)
         with torch.profiler.record_function("localsgd::header"):
             dist.all_gather(list(rows.unbind()), mine, group=self._group)
         return decide([Message(Want(want), *rest) for want, *rest in rows.tolist()])
@@ -171,7 +171,9 @@ class Header:
 def _why_not(messages: Sequence[Message], want: Want) -> str:
     first = next(rank for rank, message in enumerate(messages) if message.want == want)
     other = next(rank for rank, message in enumerate(messages) if message.want != want or rank != first)
-    where = {rank: f"rank {rank} {_DOING[messages[rank].want]} at its step {messages[rank].step}" for rank in (first, other)}
+    where = {
+        rank: f"rank {rank} {_DOING[messages[rank].want]} at its step {messages[rank].step}" for rank in (first, other)
+    }
     if want is Want.STEP:
         return (
             "Rounds of length 1 average gradients and need the same number of batches on every rank, but "
@@ -197,4 +199,3 @@ _DOING = {
     Want.OVER: "has ended its fit",
     Want.LEAVE: "leaves the fit",
 }
-

@@ -77,10 +77,11 @@ class Mean:
             capacity = max(1, int(self.bucket_mb * 2**20) // dtype.itemsize)
             memory = torch.empty(min(capacity, sum(sizes)), dtype=dtype, device=device)
             for cuts in pack(sizes, capacity):
-                here = list(memory[: sum(cut.size for cut in cuts)].split([cut.size for cut in cuts]))
+                bucket = memory[: sum(cut.size for cut in cuts)]
+                here = list(torch.split(bucket, [cut.size for cut in cuts]))
                 there = [group[cut.tensor][cut.start : cut.start + cut.size] for cut in cuts]
                 torch._foreach_copy_(here, there)
-                reduce(memory[: sum(cut.size for cut in cuts)])
+                reduce(bucket)
                 if write:
                     torch._foreach_copy_(there, here)
 
@@ -138,7 +139,7 @@ def share(x: Tensor, count: int, index: int) -> None:
         index: which share this is, 0 to N - 1.
     """
     huge = torch.finfo(x.dtype).max / 4  # from here on sums in `_share` could overflow
-    for part in x.split(_CHUNK):
+    for part in torch.split(x, _CHUNK):
         low, high = part.aminmax()
         if -huge < low and high < huge:
             part.copy_(_share(part, count, index))

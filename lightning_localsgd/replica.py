@@ -42,7 +42,7 @@ class Replica:
         """Return a 63-bit hash of every bit of the replica: equal replicas have equal digests."""
         hashed = hashlib.blake2b(digest_size=8)
         for piece in self.tensors():
-            hashed.update(memoryview(piece.cpu().view(torch.uint8).numpy()))
+            hashed.update(piece.cpu().view(torch.uint8).numpy().data)
         return int.from_bytes(hashed.digest(), "big") >> 1
 
     def snapshot(self) -> "Snapshot":
@@ -91,7 +91,8 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
         if stride == 0 and size > 1:  # expanded: all these elements are one
             view = view.narrow(dim, 0, 1)
-    view = view.permute(sorted(range(view.ndim), key=lambda dim: -view.stride(dim)))
+    strides = view.stride()
+    view = view.permute(sorted(range(view.ndim), key=lambda dim: -strides[dim]))
     if view.is_contiguous():
         yield view.view(-1)
     else:  # a slice of a larger tensor

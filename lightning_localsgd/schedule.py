@@ -112,7 +112,9 @@ class Clock:
     def _next_length(self) -> int:
         length = self._schedule.length(Progress(step=self.start, round=self.round, workers=self._workers))
         if not _is_count(length):
-            raise ValueError(f"`{type(self._schedule).__name__}.length` must return an int of at least 1, got {length!r}.")
+            raise ValueError(
+                f"`{type(self._schedule).__name__}.length` must return an int of at least 1, got {length!r}."
+            )
         return length
 
     def state_dict(self) -> dict[str, int]:

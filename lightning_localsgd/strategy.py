@@ -2,10 +2,11 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,11 +26,12 @@ from torch.optim import LBFGS, Optimizer
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_localsgd import _lightning
-from lightning_localsgd.collectives import Collectives, MetricSync, StepWarning
-from lightning_localsgd.header import Decision, Header, Message, Want
+from lightning_localsgd.collectives import MetricSync, StepWarning
+from lightning_localsgd.header import Header, Want
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.schedule import Clock, Every, Schedule
+from lightning_localsgd.worker import Worker
 
 _KEY = "lightning_localsgd"  # our entry in a checkpoint
 _T = TypeVar("_T")
@@ -101,11 +103,12 @@ class LocalSGDStrategy(DDPStrategy):
         )
         self.schedule = period if isinstance(period, Schedule) else Every(period)
         self.mean = mean
-        self._undo = ExitStack()  # of what a fit has wrapped
         self._header: Header | None = None
-        self._fitting = False  # between `setup` and `teardown` of a fit
+        self._worker: Worker | None = None  # of the fit in progress
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
-        self._resumed: dict[str, int] | None = None
+        self._resumed: dict[str, int] | None = None  # the clock of the checkpoint that a fit goes on from
+        self._last_clock: dict[str, int] | None = None  # of the last fit, for a checkpoint that is saved after it
+        self._undo = ExitStack()  # puts back what a fit has wrapped
 
     @property
     def _layer_sync(self) -> LayerSync | None:
@@ -123,55 +126,69 @@ class LocalSGDStrategy(DDPStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
-            return super().setup(trainer)
+            super().setup(trainer)
+            return
         assert self.lightning_module is not None
         for name, module in self.lightning_module.named_modules():
             if isinstance(module, SyncBatchNorm):
-                raise ValueError(f"A module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}.")
-        super().setup(trainer)
-        if not self._clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
+                raise ValueError(
+                    f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
+                )
+        super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
+        if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(
                 "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
                 "rule can end on one worker while the others wait."
             )
         self._undo = _lightning.attach(trainer, self)
         self._undo.callback(MetricSync(self._gather_metric).attach(self.lightning_module))
-        for optimizer in self.optimizers:  # so that also a step past `LightningOptimizer` counts
+        for optimizer in self.optimizers:  # so that also a step past Lightning's optimizers counts
             self._undo.callback(optimizer.register_step_post_hook(self._note_step).remove)
 
     def configure_ddp(self) -> None:
-        """Start a run: all workers from rank 0's model."""
+        """Start a run: a new worker, from rank 0's model."""
         assert isinstance(self.model, LightningModule)
         if self._header is None:
             self._header = Header(self.global_rank, self.world_size, self._timeout)
-        self._clock = Clock(self.schedule, self.world_size, self._resumed)
-        self._replica = Replica(self.model)
-        self._collectives = Collectives(self._ask, self.root_device)
-        self._warn_of_step = StepWarning()
-        self._fitting = True
-        self._stepped = self._touched = False  # since the last average: has this worker stepped, run a training step?
+        self._worker = Worker(
+            self._header,
+            clock=Clock(self.schedule, self.world_size, self._resumed),
+            replica=Replica(self.model),
+            mean=self.mean,
+            device=self.root_device,
+            act=self._act_on_signals,
+        )
         self._optimizer_stepped = False  # in this manual training step
         self._accumulating = False  # is this batch's gradient only added to the next one's?
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
-        self._put_off = False  # is a validation due at the end of the epoch?
-        self._inside_consensus = self._swapped = False  # `swapped`: the module holds other weights than its own
-        self._signals = self._agreed_signals = 0  # received here; known to all
+        self._warn_of_step = StepWarning()
         self._written: set[str] = set()  # checkpoints that this rank wrote because rank 0 was elsewhere
-        self._exchange(Want.EPOCH)  # raises on all ranks if their models differ
-        if self.world_size > 1:
-            self.mean.broadcast(self._replica.tensors())
-            if not self._clock.averages_models:
-                self.model = self._setup_model(self.model)
+        self._worker.start()
+        if not (self._worker.alone or self._worker.clock.averages_models):
+            self.model = self._setup_model(self.model)
 
     def teardown(self) -> None:
         self._undo.close()
-        self._fitting = self._running = False
-        self._resumed = None
+        if self._worker is not None:
+            self._last_clock = self._worker.clock.state_dict()
+        self._worker, self._running, self._resumed = None, False, None
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
         super().teardown()
 
-    # ------------------------------------------------------------------------------------------------- steps and rounds
+    @property
+    def worker(self) -> Worker:
+        """This worker, during ``fit``: its clock, its replica, and its part in the protocol."""
+        if self._worker is None:
+            raise RuntimeError("There is a worker only during `fit`.")
+        return self._worker
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # -------------------------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -179,15 +196,15 @@ class LocalSGDStrategy(DDPStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self._agreed_signals or (self._signals and self.world_size == 1):
-            self._ask(Want.SIGNAL)
+        if self.worker.known_signals or (self.worker.signals and self.worker.alone):
+            self.worker.ask(Want.SIGNAL)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._clock.averages_models:
+        if not self.worker.clock.averages_models:
             if not self._step_is_open:
-                self._ask(Want.STEP)
+                self.worker.ask(Want.STEP)
             self._step_is_open = self._accumulating
-        self._touched = True
+        self.worker.touched = True
         self._optimizer_stepped = False
         output = super().training_step(*args, **kwargs)
         if not self._automatic:
@@ -233,90 +250,19 @@ class LocalSGDStrategy(DDPStrategy):
         self._optimizer_stepped = True
 
     def _average_buffers(self) -> None:
-        """While gradients are averaged: average what the forward pass has changed, in step with the gradients."""
-        if self._clock.averages_models or self._accumulating:
-            return
-        self._touched = False
-        if self.world_size > 1:
-            self.mean.average(self._replica.buffers(), [1] * self.world_size, self.global_rank)
+        # In step with the gradients, where all ranks are: an optimizer step could be skipped by one of them.
+        if not (self.worker.clock.averages_models or self._accumulating):
+            self.worker.average_buffers()
 
     def _end_step(self) -> None:
-        over = self._clock.tick()
-        if self._clock.averages_models:
-            self._stepped = True
-            if over:
-                self._ask(Want.ROUND)
-        elif over:
-            self._clock.next_round(self._clock.step)
-            if self._clock.averages_models:
-                self.model = self.lightning_module  # the reducer goes with its memory, and does not come back
-
-    def _end_round(self, decision: Decision) -> None:
-        if any(decision.weights):
-            self._average(decision.weights)
-            self._stepped = self._touched = False
-            self._clock.next_round(decision.step)
-
-    def _average(self, weights: Sequence[int], write: bool = True) -> None:
-        if self.world_size > 1 and any(weights):
-            self.mean.average(self._replica.tensors(), weights, self.global_rank, write)
-
-    # ------------------------------------------------------------------------------------------------------ the protocol
-
-    def _exchange(self, want: Want, detail: int = 0) -> Decision:
-        assert self._header is not None
-        decision = self._header.exchange(
-            Message(
-                want,
-                detail,
-                stepped=int(self._stepped),
-                touched=int(self._touched),
-                step=self._clock.step,
-                signals=self._signals,
-                layout=self._replica.layout() if want.offers_replica and self.world_size > 1 else 0,
-            )
-        )
-        self._agreed_signals |= decision.signals
-        return decision
-
-    def _ask(self, want: Want, detail: int = 0) -> Decision:
-        """Send headers, and take part in what the others want, until this rank's own want is served."""
-        while True:
-            decision = self._exchange(want, detail)
-            asked = self.global_rank in decision.askers
-            if decision.want is Want.ROUND or (decision.want is Want.OVER and decision.unanimous):
-                self._end_round(decision)
-            elif decision.want is Want.VALIDATE and not decision.unanimous:
-                self._put_off_validation(decision)
-            elif decision.want is Want.SIGNAL:
-                self._act_on_signals()
-            elif decision.want is Want.CONSENSUS and not asked:
-                self._average(decision.weights, write=False)
-            elif not asked:
-                self._collectives.stand_in(decision)
-            if asked:
-                return decision
-
-    def _put_off_validation(self, decision: Decision) -> None:
-        self._put_off = True
-        rank_zero_warn(
-            f"Rank {decision.askers[0]} reached a validation in mid-epoch that other ranks did not reach, because their "
-            "data in this epoch has ended: all validate at the end of the epoch instead."
-        )
-
-    def _act_on_signals(self) -> None:
-        signals, self._signals, self._agreed_signals = self._agreed_signals | self._signals, 0, 0
-        _lightning.act_on(self._trainer, signals)
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
+        self.worker.end_step()
+        if self.worker.clock.averages_models:
+            self.model = self.lightning_module  # a reducer goes with its memory, and does not come back
 
     # What `_lightning.attach` calls at places that a strategy has no hook for.
 
     def starts_epoch(self) -> bool:
-        decision = self._ask(Want.EPOCH)
+        decision = self.worker.ask(Want.EPOCH)
         if decision.want is Want.OVER:
             rank_zero_warn(
                 f"Some ranks have ended their fit at step {decision.step} while rank {decision.askers[0]} would go on "
@@ -325,76 +271,63 @@ class LocalSGDStrategy(DDPStrategy):
         return decision.want is Want.EPOCH
 
     def ends_epoch(self) -> None:
-        self._ask(Want.ENDED)
+        self.worker.ask(Want.ENDED)
         self._step_is_open = False
-        if self._agreed_signals:
-            self._act_on_signals()
-        if self._put_off:
-            self._put_off = False
+        self.worker.act_on_signals()
+        if self.worker.validation_is_due:
+            self.worker.validation_is_due = False
             _lightning.validate_now(self._trainer)
 
     def validates(self, run: Callable[[], Any]) -> Any:
         if not self._running:  # the sanity check
             return run()
-        if self._put_off:
+        if self.worker.validation_is_due:
             return []
-        decision = self._ask(Want.VALIDATE)
+        decision = self.worker.ask(Want.VALIDATE)
         if not decision.unanimous:
             return []
-        with self._holding_consensus(decision.weights):
+        with self.worker.holding_consensus(decision.weights):
             return run()
 
     def ends_fit(self) -> None:
-        self._ask(Want.OVER)
+        self.worker.ask(Want.OVER)
 
     def has_data_somewhere(self, here: bool) -> bool:
         return self.reduce_boolean_decision(here, all=False)
 
     def receives(self, signals: int) -> None:
-        self._signals |= signals
+        self.worker.signals |= signals
+
+    def _act_on_signals(self, signals: int) -> None:
+        _lightning.act_on(self._trainer, signals)
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self.world_size > 1:
+        if not self.worker.alone:
             # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in
             # their `on_train_end`, after the last average.
-            digests = self._ask(Want.LEAVE, self._replica.digest()).detail
+            digests = self.worker.ask(Want.LEAVE, self.worker.replica.digest()).detail
             if digests > 1:
-                self._average([1] * self.world_size)
+                self.worker.average_all()
         self._running = False
 
-    # --------------------------------------------------------------------------------------------------------- consensus
+    # ------------------------------------------------------------------------------------------ consensus, checkpoints
 
     @contextmanager
     def consensus(self) -> Generator[None, None, None]:
         """Within it the module holds the mean of all replicas; after it, its own weights again, bit for bit.
 
-        What is written into a buffer inside stays; what is written into a parameter does not. It may be nested.
-        Outside of ``fit`` all replicas are equal and nothing happens. All ranks enter it together.
+        What is written into a buffer inside stays; what is written into a parameter does not. It may be nested. All
+        ranks enter it together. Outside of ``fit`` all replicas are equal and nothing happens.
 
         Example:
             In a callback: ``with trainer.strategy.consensus(): torch.save(pl_module.state_dict(), path)``
         """
-        if not self._communicates or self._inside_consensus:
+        if not self._communicates:
             yield
             return
-        decision = self._ask(Want.CONSENSUS)
-        with self._holding_consensus(decision.weights):
+        with self.worker.consensus():
             yield
-
-    @contextmanager
-    def _holding_consensus(self, weights: Sequence[int]) -> Generator[None, None, None]:
-        own = self._replica.snapshot() if self.world_size > 1 and any(weights) else None
-        self._inside_consensus, self._swapped = True, own is not None
-        try:
-            self._average(weights)
-            if own is not None:
-                own.mark()
-            yield
-        finally:
-            self._inside_consensus = self._swapped = False
-            if own is not None:
-                own.restore()
 
     def synchronize(self) -> None:
         """End the round now: all workers average their models and start the next round.
@@ -402,32 +335,33 @@ class LocalSGDStrategy(DDPStrategy):
         Call it on all ranks, between steps (not inside ``training_step``). Outside of ``fit`` nothing happens.
 
         Raises:
-            RuntimeError: inside :meth:`consensus`.
+            RuntimeError: inside :meth:`consensus` or validation.
         """
         if not self._communicates:
             return
-        if self._inside_consensus:
+        if self.worker.inside_consensus:
             raise RuntimeError("`synchronize` cannot be called inside `consensus()` or validation.")
-        self._ask(Want.ROUND)
+        self.worker.ask(Want.ROUND)
 
     @property
     def _communicates(self) -> bool:
         """Whether this rank may send headers: in training, and not on the way out with an exception."""
         return self._running and not self._trainer.interrupted
 
-    # ------------------------------------------------------------------------------------------------------- checkpoints
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.consensus():
             state = super().lightning_module_state_dict()
-            return deepcopy(state) if self._swapped else state  # written after the module has its own weights again
+            # Written only after the module has its own weights again.
+            return deepcopy(state) if self._worker is not None and self._worker.holds_other_weights else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self._fitting:
-            checkpoint[_KEY] = self._clock.state_dict()
+        clock = self._worker.clock.state_dict() if self._worker is not None else self._last_clock
+        if clock is not None:
+            checkpoint[_KEY] = clock
         if not self._communicates:
-            return super().save_checkpoint(checkpoint, filepath, storage_options)
-        writer = self._ask(Want.WRITE).askers[0]  # rank 0, unless it is elsewhere
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        writer = self.worker.ask(Want.WRITE).askers[0]  # rank 0, unless it is elsewhere
         if self.global_rank == writer:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             if writer > 0:
@@ -435,7 +369,7 @@ class LocalSGDStrategy(DDPStrategy):
                 warnings.warn(f"Rank {writer} has written {filepath}, because rank 0 was elsewhere.", stacklevel=2)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self._fitting and str(filepath) in self._written:
+        if self._worker is not None and str(filepath) in self._written:
             self.checkpoint_io.remove_checkpoint(filepath)
         else:
             super().remove_checkpoint(filepath)
@@ -446,18 +380,19 @@ class LocalSGDStrategy(DDPStrategy):
             self._resumed = checkpoint.get(_KEY)
         return checkpoint
 
-    # -------------------------------------------------------------------------------------------- Lightning's collectives
+    # ------------------------------------------------------------------------------------------ Lightning's collectives
 
     @property
     def _is_silent(self) -> bool:
         """Whether there is nobody to talk to, or no talking on the way out with an exception."""
-        return self.world_size == 1 or (self._fitting and self._trainer.interrupted)
+        return self.world_size == 1 or (self._worker is not None and self._trainer.interrupted)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if self._is_silent:
             return
         if self._running:
-            self._ask_for_lightning(Want.BARRIER)
+            self._warn_of_step()
+            self.worker.ask(Want.BARRIER)
         else:
             super().barrier(*args, **kwargs)
 
@@ -467,29 +402,36 @@ class LocalSGDStrategy(DDPStrategy):
         if not self._running:
             return super().broadcast(obj, src)
         self._warn_of_step()
-        value: _T = self._collectives.broadcast(obj, src)
+        value: _T = self.worker.collectives.broadcast(obj, src)
         return value
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         if self._is_silent or not isinstance(tensor, Tensor):
             return tensor
+        everyone = partial(super().reduce, tensor, group, reduce_op)
         if not self._running or group not in (None, dist.group.WORLD):
-            return super().reduce(tensor, group, reduce_op)
+            return everyone()
         self._warn_of_step()
-        return self._collectives.reduce(tensor, reduce_op, lambda: super(LocalSGDStrategy, self).reduce(tensor, group, reduce_op))[0]
+        value, _ = self.worker.collectives.reduce(tensor, reduce_op, everyone)
+        return value
 
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self._is_silent or not self._running:
-            return decision if self._is_silent else super().reduce_boolean_decision(decision, all)
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
+        if self._is_silent:
+            return decision
+        if not self._running:
+            return super().reduce_boolean_decision(decision, all)
+        self._warn_of_step()
         votes = torch.tensor(int(decision), device=self.root_device)
-        total, count = self._collectives.reduce(votes, "sum", lambda: super(LocalSGDStrategy, self).reduce(votes, reduce_op="sum"))
-        return bool(total == count) if all else bool(total)
+        everyone = partial(super().reduce, votes, reduce_op="sum")
+        total, voters = self.worker.collectives.reduce(votes, "sum", everyone)
+        return bool(total == voters) if all else bool(total)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         if self._is_silent:
             return tensor.unsqueeze(0)
         if self._running and group in (None, dist.group.WORLD):
-            self._ask_for_lightning(Want.ALL_GATHER)
+            self._warn_of_step()
+            self.worker.ask(Want.ALL_GATHER)
         return super().all_gather(tensor, group, sync_grads)
 
     def _gather_metric(self, tensor: Tensor) -> list[Tensor]:
@@ -498,20 +440,18 @@ class LocalSGDStrategy(DDPStrategy):
         if not self._running:
             return list(gather_all_tensors(tensor))
         self._warn_of_step()
-        return self._collectives.gather(tensor)
-
-    def _ask_for_lightning(self, want: Want) -> None:
-        self._warn_of_step()
-        self._ask(want)
+        return self.worker.collectives.gather(tensor)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         if cls.strategy_name not in strategy_registry:
-            strategy_registry.register(cls.strategy_name, cls, description="Parallel restarted SGD, by model averaging")
+            strategy_registry.register(cls.strategy_name, cls, description="Parallel restarted SGD")
 
 
-def _ddp_options() -> dict[str, bool]:
-    """Return how gradients are averaged in rounds of length 1: whatever a module uses, buffers and first model by us."""
+def _ddp_options() -> dict[str, Any]:
+    """Return how gradients are averaged: whatever a module uses of itself; buffers and the first model are ours."""
     known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # since torch 2.13
+    sync_buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # since torch 2.13
     return {"find_unused_parameters": True, "init_sync": False, sync_buffers: False}

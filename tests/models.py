@@ -70,7 +70,7 @@ class Regression(LightningModule):
 
     def setup(self, stage: str) -> None:
         with torch.no_grad():  # also under `spawn`, where the constructor ran before the ranks were known
-            for own, other in zip(self.parameters(), network(rank(), self.norm).parameters(), strict=True):
+            for own, other in zip(self.net.parameters(), network(rank(), self.norm).parameters(), strict=True):
                 own.copy_(other)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -136,6 +136,4 @@ def trainer(workers: int, strategy: Any = 4, **options: Any) -> Trainer:
 
 def same(states: list[dict[str, Tensor]]) -> bool:
     """Whether all these states are equal, bit for bit."""
-    return all(
-        torch.equal(first_value, other[name]) for other in states[1:] for name, first_value in states[0].items()
-    )
+    return all(torch.equal(first_value, other[name]) for other in states[1:] for name, first_value in states[0].items())

@@ -80,5 +80,5 @@ def test_digests_differ_with_one_bit():
 def test_sparse_tensors_are_refused_by_name():
     module = nn.Module()
     module.register_buffer("graph", torch.eye(3).to_sparse())
-    with pytest.raises(ValueError, match="`graph` has the layout torch.sparse_coo"):
+    with pytest.raises(ValueError, match=r"`graph` has the layout torch\.sparse_coo"):
         Replica(module).tensors()

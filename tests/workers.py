@@ -77,11 +77,15 @@ def run_workers(
     if errors and not catch:
         raise WorkerError({rank: text for rank, (_, text) in errors.items()} | dict.fromkeys(hung, "killed"))
     if hung:
-        raise TimeoutError(f"ranks {hung} had not ended after {timeout} s; the others: {values or None} {errors or None}")
+        raise TimeoutError(
+            f"ranks {hung} had not ended after {timeout} s; the others: {values or None} {errors or None}"
+        )
     return [values[rank] if rank in values else errors[rank][0] for rank in range(size)]
 
 
-def _collect(pipes: dict[int, Connection], timeout: float, grace: float) -> tuple[dict[int, Any], dict[int, tuple[Raised, str]]]:
+def _collect(
+    pipes: dict[int, Connection], timeout: float, grace: float
+) -> tuple[dict[int, Any], dict[int, tuple[Raised, str]]]:
     values: dict[int, Any] = {}
     errors: dict[int, tuple[Raised, str]] = {}
     deadline = time.monotonic() + timeout
@@ -107,7 +111,12 @@ def _work(
     pipe: Connection, rank: int, port: int, filters: list[Any], timeout: float, function: Callable[..., Any], args: Any
 ) -> None:
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", GLOO_SOCKET_IFNAME="lo"
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",  # else Lightning sets as many threads as there are cores for each process
     )
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(max(timeout - 2, 1))
