@@ -189,10 +189,8 @@ class Alike(WithData):
 
 
 @same_as_ddp
-@pytest.mark.parametrize(
-    "options", [{}, {"use_lottery_ticket_hypothesis": False, "make_pruning_permanent": False}], ids=str
-)
-def test_pruning(setting, options):
+@pytest.mark.parametrize("lottery", [True, False])
+def test_pruning(setting, lottery):
     model = Alike()
     pruned = [(model.net[0], "weight"), (model.net[2], "weight")]
     ways = {"use_lottery_ticket_hypothesis": lottery, "make_pruning_permanent": lottery}
