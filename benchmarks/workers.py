@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-os.environ["KINETO_LOG_LEVEL"] = "9"  # the profiler's own lines
+os.environ.update(TORCH_CPP_LOG_LEVEL="ERROR", KINETO_LOG_LEVEL="9")  # not what torch tells its developers
 _CONTEXT = mp.get_context("forkserver")  # a fresh process in milliseconds: the imports are done once
 _CONTEXT.set_forkserver_preload(["lightning.pytorch", "torchmetrics", "lightning_localsgd"])
 
