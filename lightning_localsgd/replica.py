@@ -7,6 +7,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Replica:
@@ -51,6 +52,8 @@ class Replica:
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in chain(self._module.named_parameters(), self._module.named_buffers()):
+            if is_lazy(tensor):
+                raise ValueError(f"All parameters must have a shape before `fit`, and the lazy `{name}` has none yet.")
             if tensor.layout != torch.strided:
                 raise ValueError(f"Only dense tensors can be averaged, and `{name}` has the layout {tensor.layout}.")
             yield name, tensor

@@ -296,7 +296,8 @@ class LocalSGDStrategy(DDPStrategy):
         return self.reduce_boolean_decision(here, all=False)
 
     def receives(self, signals: int) -> None:
-        self.worker.signals |= signals
+        if self._worker is not None:
+            self._worker.signals |= signals
 
     def _act_on_signals(self, signals: int) -> None:
         _lightning.act_on(self._trainer, signals)
@@ -387,11 +388,15 @@ class LocalSGDStrategy(DDPStrategy):
         """Whether there is nobody to talk to, or no talking on the way out with an exception."""
         return self.world_size == 1 or (self._worker is not None and self._trainer.interrupted)
 
+    def _listen(self) -> None:
+        if self._trainer.training:
+            self._warn_of_step()
+
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if self._is_silent:
             return
         if self._running:
-            self._warn_of_step()
+            self._listen()
             self.worker.ask(Want.BARRIER)
         else:
             super().barrier(*args, **kwargs)
@@ -401,7 +406,7 @@ class LocalSGDStrategy(DDPStrategy):
             return obj
         if not self._running:
             return super().broadcast(obj, src)
-        self._warn_of_step()
+        self._listen()
         value: _T = self.worker.collectives.broadcast(obj, src)
         return value
 
@@ -411,7 +416,7 @@ class LocalSGDStrategy(DDPStrategy):
         everyone = partial(super().reduce, tensor, group, reduce_op)
         if not self._running or group not in (None, dist.group.WORLD):
             return everyone()
-        self._warn_of_step()
+        self._listen()
         value, _ = self.worker.collectives.reduce(tensor, reduce_op, everyone)
         return value
 
@@ -420,7 +425,7 @@ class LocalSGDStrategy(DDPStrategy):
             return decision
         if not self._running:
             return super().reduce_boolean_decision(decision, all)
-        self._warn_of_step()
+        self._listen()
         votes = torch.tensor(int(decision), device=self.root_device)
         everyone = partial(super().reduce, votes, reduce_op="sum")
         total, voters = self.worker.collectives.reduce(votes, "sum", everyone)
@@ -430,7 +435,7 @@ class LocalSGDStrategy(DDPStrategy):
         if self._is_silent:
             return tensor.unsqueeze(0)
         if self._running and group in (None, dist.group.WORLD):
-            self._warn_of_step()
+            self._listen()
             self.worker.ask(Want.ALL_GATHER)
         return super().all_gather(tensor, group, sync_grads)
 
@@ -439,7 +444,7 @@ class LocalSGDStrategy(DDPStrategy):
             return [tensor]
         if not self._running:
             return list(gather_all_tensors(tensor))
-        self._warn_of_step()
+        self._listen()
         return self.worker.collectives.gather(tensor)
 
     @classmethod

@@ -45,7 +45,7 @@ class Manual(Regression):
 
 
 class LogsMuch(Regression):
-    """Logs all that needs no communication in a step."""
+    """Logs all that needs no communication in a training step."""
 
     def __init__(self):
         super().__init__("adamw", norm=True)
@@ -58,6 +58,9 @@ class LogsMuch(Regression):
         self.log("loss", loss, on_step=True, on_epoch=False)
         self.log("epoch_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), on_step=True, on_epoch=True, sync_dist=True)
 
 
 def count(module, arguments, period, steps, bucket_mb, options):
@@ -152,7 +155,7 @@ def warned(module, options, interval, folder):
     run = trainer(2, 4, callbacks=callbacks, enable_checkpointing=bool(callbacks), **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run.fit(module(), loader([4, 4]))
+        run.fit(module(), loader([4, 4]), loader([2, 2]))
     return [str(warning.message) for warning in caught if "free of communication" in str(warning.message)]
 
 
