@@ -180,6 +180,17 @@ def test_a_worker_without_weight_contributes_nothing_not_even_nan():
         assert x.tolist() == [2.0, 2.0, 2.0]
 
 
+def average_negative_zero(size):
+    rank = join(size)
+    x = torch.tensor([-0.0])
+    Mean().average([x], [1, 0, 1], rank)
+    return math.copysign(1, x.item())
+
+
+def test_a_worker_without_weight_leaves_even_the_sign_of_zero():
+    assert run_workers(average_negative_zero, 3, 3) == [-1, -1, -1]
+
+
 def only_contribute():
     rank = join(2)
     x = torch.tensor([float(rank)])
