@@ -149,9 +149,9 @@ def share(x: Tensor, count: int, index: int) -> None:
 
 
 def _share(x: Tensor, count: int, index: int) -> Tensor:
-    # Adding and subtracting c = 1.5 * 2^e, where 2^e <= |x| < 2^(e+1), rounds to a multiple of u; c has x's sign.
+    # Adding and subtracting c = 2^e, where 2^e <= |x| < 2^(e+1), rounds to a multiple of u; c has x's sign.
     integer, mantissa = (torch.int32, 23) if x.dtype == torch.float32 else (torch.int64, 52)
-    c = x.view(integer).bitwise_and(-1 << mantissa).bitwise_or_(1 << (mantissa - 1)).view(x.dtype)
+    c = x.view(integer).bitwise_and(-1 << mantissa).view(x.dtype)
     low = (x * (index / count)).add_(c)  # T_i + c; no fused multiply-add, which not every processor has
     if index == count - 1:
         return torch.sub(x, low.sub_(c)).copysign_(x)
