@@ -8,7 +8,7 @@ processes are started anew, so that one process's luck with its memory is not ta
 median times per step, with its bootstrap 95 % interval, by the clock and by the processes' own CPU time (which other
 programs on the machine disturb less). The aim is a ratio of at most 1.02.
 
-Needs: as many cores as workers, for the clock to mean something; about 3 minutes (`--quick`: one).
+Needs: as many cores as workers, for the clock to mean something; about 3 minutes on quiet cores (`--quick`: 1).
 """
 
 import argparse

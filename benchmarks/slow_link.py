@@ -9,7 +9,7 @@ speed relative to the same two workers each training alone in the same run (so 1
 with the bytes that a host sent per step by the kernel's counter. Of several runs the fastest counts: whatever else
 the machine does can only slow a run down. Writes the picture `docs/speed.png`.
 
-Needs: Linux, root, `ip` and `tc` (Debian: iproute2), scikit-learn, matplotlib; at least 2 cores; about 8 minutes
+Needs: Linux, root, `ip` and `tc` (Debian: iproute2), scikit-learn, matplotlib; at least 2 cores; about 5 minutes
 (`--quick`: one, and no picture). What it sets up is named `lsgd-bench...` and removed at the end, also on failure.
 """
 
