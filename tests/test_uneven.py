@@ -183,6 +183,35 @@ def test_rounds_run_on_over_the_end_of_an_epoch():
     assert second[0] == [-2, -3, -5, -6, -8, -9]
 
 
+class KeepsLosses(Logged):
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+
+def epoch_metrics(lengths):
+    model = KeepsLosses()
+    run = trainer(len(lengths), 4)
+    run.fit(model, loader(lengths))
+    return model.losses, {name: value.item() for name, value in run.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("lengths", [[2, 6], [6, 1], [0, 3]])
+def test_the_metrics_of_an_epoch_are_over_the_data_of_all_ranks(lengths):
+    ranks = run_workers(epoch_metrics, 2, lengths)
+    losses = [loss for mine, _ in ranks for loss in mine]
+    assert len(losses) == sum(lengths)
+    for (mine, metrics), length in zip(ranks, lengths, strict=True):
+        assert len(mine) == length
+        if length:
+            assert metrics["seen"] == pytest.approx(sum(losses) / len(losses))
+
+
 class Sized(Regression):
     """May have a loader of length zero on some ranks."""
 
