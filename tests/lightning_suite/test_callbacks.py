@@ -42,18 +42,18 @@ class Scored(WithData):
 
 @same_as_ddp
 @pytest.mark.parametrize(
-    ("options", "scores"),
+    ("options", "scores", "sync_dist"),
     [
-        ({"patience": 2}, [5, 4, 3, 3, 3, 2, 1]),
-        ({"patience": 0, "mode": "max"}, [1, 2, 2, 3]),
-        ({"stopping_threshold": 2.5}, [5, 4, 2, 1]),
-        ({"divergence_threshold": 9.0}, [5, 4, 10, 1]),
-        ({"check_finite": True}, [5, float("nan"), 3]),
-        ({"check_on_train_epoch_end": True, "patience": 1}, [5, 6, 7, 8]),
+        ({"patience": 2}, [5, 4, 3, 3, 3, 2, 1], True),
+        ({"patience": 2}, [5, 4, 3, 3, 3, 2, 1], False),
+        ({"patience": 0, "mode": "max"}, [1, 2, 2, 3], True),
+        ({"stopping_threshold": 2.005}, [5, 4, 2, 1], False),  # passed on rank 0 only
+        ({"divergence_threshold": 9.0}, [5, 4, 10, 1], True),
+        ({"check_finite": True}, [5, float("nan"), 3], True),
+        ({"check_on_train_epoch_end": True, "patience": 1}, [5, 6, 7, 8], True),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("sync_dist", [True, False])
 def test_early_stopping(setting, options, scores, sync_dist):
     callback = EarlyStopping("score", **options)
     model = Scored(scores, sync_dist)

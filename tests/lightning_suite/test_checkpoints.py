@@ -36,6 +36,7 @@ def contents(setting):
     for name in files(setting):
         if name.endswith(".ckpt"):
             checkpoint = torch.load(setting.path / name, weights_only=True)
+            assert (KEY in checkpoint) == (setting.period is not None)
             checkpoint.pop(KEY, None)
             seen[name] = {key: _without_paths(value, setting) for key, value in checkpoint.items()}
     return seen
@@ -103,8 +104,7 @@ def test_monitor_that_is_never_logged(setting):
 
 
 @same_as_ddp
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-@pytest.mark.parametrize("steps", [2, 3, 4, 6])
+@pytest.mark.parametrize(("name", "steps"), [("sgd", 3), ("adamw", 2), ("adamw", 3), ("adamw", 4), ("adamw", 6)])
 def test_resume(setting, name, steps):
     before = recorded(optimizer=name)[0]
     trainer = setting.trainer(max_steps=steps)

@@ -14,6 +14,7 @@ from tests.models import Regression, state_of
 
 
 def progress(trainer):
+    epoch_loop = trainer.fit_loop.epoch_loop
     return {
         "global_step": trainer.global_step,
         "epoch": trainer.current_epoch,
@@ -21,10 +22,12 @@ def progress(trainer):
         "state": str(trainer.state),
         "batches": (trainer.num_training_batches, trainer.num_val_batches, trainer.num_sanity_val_batches),
         "loops": trainer.fit_loop.state_dict(),
+        "attributes": [sorted(vars(loop)) for loop in (trainer.fit_loop, epoch_loop, epoch_loop.val_loop)],
     }
 
 
 @same_as_ddp
+@pytest.mark.filterwarnings("ignore:.*barebones")  # which switches off what it finds switched on
 @pytest.mark.parametrize(
     "options",
     [

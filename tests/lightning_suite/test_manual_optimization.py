@@ -137,8 +137,17 @@ def test_several_optimizers_in_turns(setting):
 
 
 @same_as_ddp
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sgd", {}),
+        ("momentum", {}),
+        ("adamw", {}),
+        ("momentum", {"accumulate_grad_batches": 3}),
+        ("adamw", {"gradient_clip_val": 0.05}),
+    ],
+    ids=str,
+)
 def test_automatic(setting, name, options):
     model = Regression(name)
     trainer = setting.trainer(**options)
