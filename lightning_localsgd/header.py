@@ -170,7 +170,13 @@ class Header:
 
 def _why_not(messages: Sequence[Message], want: Want) -> str:
     first = next(rank for rank, message in enumerate(messages) if message.want == want)
-    other = next(rank for rank, message in enumerate(messages) if message.want != want or rank != first)
+    others = [rank for rank, message in enumerate(messages) if message.want != want]
+    if not others and want is Want.STEP:
+        return (
+            "Rounds of length 1 average gradients and need the same parameters with `requires_grad` on every rank, but "
+            f"these many are frozen on ranks 0, 1, ...: {', '.join(str(message.detail) for message in messages)}."
+        )
+    other = others[0] if others else next(rank for rank in range(len(messages)) if rank != first)
     where = {
         rank: f"rank {rank} {_DOING[messages[rank].want]} at its step {messages[rank].step}" for rank in (first, other)
     }

@@ -164,8 +164,7 @@ class LocalSGDStrategy(DDPStrategy):
         self._warn_of_step = StepWarning()
         self._written: set[str] = set()  # checkpoints that this rank wrote because rank 0 was elsewhere
         self._worker.start()
-        if not (self._worker.alone or self._worker.clock.averages_models):
-            self.model = self._setup_model(self.model)
+        self._unreduced = list(self.model.parameters())  # parameters whose gradients no reducer averages yet
 
     def teardown(self) -> None:
         self._undo.close()
@@ -198,11 +197,13 @@ class LocalSGDStrategy(DDPStrategy):
         super().on_train_batch_start(batch, batch_idx)
         if self.worker.known_signals or (self.worker.signals and self.worker.alone):
             self.worker.ask(Want.SIGNAL)
+        if not (self.worker.clock.averages_models or self._step_is_open):
+            self._reduce_gradients()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not self.worker.clock.averages_models:
             if not self._step_is_open:
-                self.worker.ask(Want.STEP)
+                self.worker.ask(Want.STEP, detail=len(self._unreduced))
             self._step_is_open = self._accumulating
         self.worker.touched = True
         self._optimizer_stepped = False
@@ -212,6 +213,14 @@ class LocalSGDStrategy(DDPStrategy):
             if self._optimizer_stepped:
                 self._end_step()
         return output
+
+    def _reduce_gradients(self) -> None:
+        """See that the gradients of all parameters are averaged: at the first step, and when some were unfrozen."""
+        if any(parameter.requires_grad for parameter in self._unreduced):
+            self._unreduced = [parameter for parameter in self._unreduced if not parameter.requires_grad]
+            if not self.worker.alone:
+                assert self.lightning_module is not None
+                self.model = self._setup_model(self.lightning_module)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:

@@ -60,6 +60,11 @@ def test_what_cannot_be_had_is_the_same_error_everywhere(first, second, says):
         wants(Message(first, step=5), Message(second, step=5))
 
 
+def test_a_step_needs_the_same_parameters_everywhere():
+    with pytest.raises(RuntimeError, match=r"same parameters with `requires_grad`.*: 2, 2, 0"):
+        wants(Message(Want.STEP, detail=2), Message(Want.STEP, detail=2), Message(Want.STEP, detail=0))
+
+
 def test_weights_are_those_who_stepped_or_else_those_who_ran_a_training_step():
     assert wants(Message(Want.ROUND, stepped=1, touched=1), Message(Want.ENDED, touched=1)).weights == (1, 0)
     assert wants(Message(Want.CONSENSUS, touched=1), Message(Want.CONSENSUS)).weights == (1, 0)

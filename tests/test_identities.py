@@ -175,6 +175,28 @@ def test_steps_past_lightnings_optimizers_count_too():
     assert [same(list(pair)) for pair in pairs] == [False, False, True] * 4
 
 
+class Unfreezes(Norm):
+    """Trains its first layer from the third batch on."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.net[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_averaged_also_of_what_is_unfrozen_later(accumulate):
+    first, second = run_workers(fit, 2, Unfreezes, "momentum", 1, 2, {"accumulate_grad_batches": accumulate})
+    moved = [states["net.0.weight"] for states in first[0]]
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[1], moved[3])
+    for batch in range(accumulate - 1, 12, accumulate):
+        assert same([first[0][batch], second[0][batch]]), batch
+
+
 class Lengths(Schedule):
     def __init__(self, *lengths):
         self.lengths = lengths
