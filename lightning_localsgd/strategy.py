@@ -158,6 +158,7 @@ class LocalSGDStrategy(DDPStrategy):
             device=self.root_device,
             act=self._act_on_signals,
         )
+        self._automatic = self.model.automatic_optimization
         self._optimizer_stepped = False  # in this manual training step
         self._accumulating = False  # is this batch's gradient only added to the next one's?
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
@@ -195,17 +196,19 @@ class LocalSGDStrategy(DDPStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self.worker.known_signals or (self.worker.signals and self.worker.alone):
-            self.worker.ask(Want.SIGNAL)
-        if not (self.worker.clock.averages_models or self._step_is_open):
+        worker = self.worker
+        if worker.known_signals or (worker.signals and worker.alone):
+            worker.ask(Want.SIGNAL)
+        if not (worker.clock.averages_models or self._step_is_open):
             self._reduce_gradients()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.worker.clock.averages_models:
+        worker = self.worker
+        if not worker.clock.averages_models:
             if not self._step_is_open:
-                self.worker.ask(Want.STEP, detail=len(self._unreduced))
+                worker.ask(Want.STEP, detail=len(self._unreduced))
             self._step_is_open = self._accumulating
-        self.worker.touched = True
+        worker.touched = True
         self._optimizer_stepped = False
         output = super().training_step(*args, **kwargs)
         if not self._automatic:
@@ -250,11 +253,6 @@ class LocalSGDStrategy(DDPStrategy):
             self._end_step()
         return output
 
-    @property
-    def _automatic(self) -> bool:
-        assert self.lightning_module is not None
-        return self.lightning_module.automatic_optimization
-
     def _note_step(self, *_: Any) -> None:
         self._optimizer_stepped = True
 
@@ -264,8 +262,10 @@ class LocalSGDStrategy(DDPStrategy):
             self.worker.average_buffers()
 
     def _end_step(self) -> None:
-        self.worker.end_step()
-        if self.worker.clock.averages_models:
+        worker = self.worker
+        averaged_gradients = not worker.clock.averages_models
+        worker.end_step()
+        if averaged_gradients and worker.clock.averages_models:
             self.model = self.lightning_module  # a reducer goes with its memory, and does not come back
 
     # What `_lightning.attach` calls at places that a strategy has no hook for.
