@@ -159,7 +159,7 @@ class LocalSGDStrategy(DDPStrategy):
             act=self._act_on_signals,
         )
         self._automatic = self.model.automatic_optimization
-        self._optimizer_stepped = False  # in this manual training step
+        self._optimizer_stepped = False  # since the last step was counted
         self._accumulating = False  # is this batch's gradient only added to the next one's?
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
         self._warn_of_step = StepWarning()
@@ -209,7 +209,6 @@ class LocalSGDStrategy(DDPStrategy):
                 worker.ask(Want.STEP, detail=len(self._unreduced))
             self._step_is_open = self._accumulating
         worker.touched = True
-        self._optimizer_stepped = False
         output = super().training_step(*args, **kwargs)
         if not self._automatic:
             self._average_buffers()
@@ -263,6 +262,7 @@ class LocalSGDStrategy(DDPStrategy):
 
     def _end_step(self) -> None:
         worker = self.worker
+        self._optimizer_stepped = False
         averaged_gradients = not worker.clock.averages_models
         worker.end_step()
         if averaged_gradients and worker.clock.averages_models:

@@ -175,6 +175,30 @@ def test_steps_past_lightnings_optimizers_count_too():
     assert [same(list(pair)) for pair in pairs] == [False, False, True] * 4
 
 
+class StepsLater(Gan):
+    """Steps its optimizers in the hook after the training step."""
+
+    def training_step(self, batch, batch_idx):
+        for net, optimizer in zip((self.generator, self.critic), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(net(batch[0]).mean())
+
+    def on_train_batch_end(self, *_):
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_steps_in_a_later_hook_count_with_the_next_training_step():
+    ranks = run_workers(fit, 2, StepsLater, "", 3, 2, {})
+    moved = [
+        torch.stack([state["critic.0.weight"] for state in pair]) for pair in zip(ranks[0][0], ranks[1][0], strict=True)
+    ]
+    apart = [(pair[0] - pair[1]).abs().max() for pair in moved]
+    # Callbacks see the weights before the hook's step: after the 4th and the 7th training step they have just been
+    # averaged, 3 steps each.
+    assert [distance == 0 for distance in apart[:8]] == [True, False, False, True, False, False, True, False]
+
+
 class Unfreezes(Norm):
     """Trains its first layer from the third batch on."""
 
