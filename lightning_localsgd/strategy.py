@@ -398,7 +398,7 @@ class LocalSGDStrategy(DDPStrategy):
         return self.world_size == 1 or (self._worker is not None and self._trainer.interrupted)
 
     def _listen(self) -> None:
-        if self._trainer.training:
+        if self._trainer.training and self.worker.clock.averages_models:
             self._warn_of_step()
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:

@@ -148,11 +148,11 @@ class SyncsMetric(Regression):
         return loss
 
 
-def warned(module, options, interval, folder):
+def warned(module, options, interval, folder, period=4):
     callbacks = [ModelCheckpoint(folder, train_time_interval=interval, every_n_train_steps=0)] if interval else []
     if folder and not interval:
         callbacks = [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)]
-    run = trainer(2, 4, callbacks=callbacks, enable_checkpointing=bool(callbacks), **options)
+    run = trainer(2, period, callbacks=callbacks, enable_checkpointing=bool(callbacks), **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.fit(module(), loader([4, 4]), loader([2, 2]))
@@ -178,3 +178,4 @@ def test_what_makes_every_step_wait_is_named_once(module, options, interval, cau
 
 def test_what_does_not_make_every_step_wait_is_not_warned_of(tmp_path):
     assert run_workers(warned, 2, LogsMuch, {}, None, str(tmp_path)) == [[], []]
+    assert run_workers(warned, 2, SyncsEachStep, {}, None, None, 1) == [[], []]  # with gradients, all wait anyway
