@@ -53,7 +53,7 @@ class Collectives:
     def reduce(self, tensor: Tensor, operation: Any, everyone: Callable[[], Tensor]) -> tuple[Tensor, int]:
         """Return ``tensor`` reduced over the ranks that ask, and their number; ``everyone()`` if all ask."""
         name = _operation(operation)
-        detail = tensor.numel() << 8 | _DTYPES.index(tensor.dtype) << 3 | list(_OPERATIONS).index(name)
+        detail = tensor.numel() << 8 | _code(tensor.dtype) << 3 | list(_OPERATIONS).index(name)
         decision = self._ask(Want.REDUCE, detail)
         if decision.unanimous:
             return everyone(), decision.size
@@ -65,7 +65,7 @@ class Collectives:
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks that ask, which may differ in size."""
-        return self._gather(self._ask(Want.GATHER, tensor.ndim << 4 | _DTYPES.index(tensor.dtype)), tensor)
+        return self._gather(self._ask(Want.GATHER, tensor.ndim << 4 | _code(tensor.dtype)), tensor)
 
     def stand_in(self, decision: Decision) -> None:
         """Take part, without changing the result, in a collective that others asked for."""
@@ -162,6 +162,12 @@ def _cause() -> str | None:
             return "A collective in `training_step`"
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _code(dtype: torch.dtype) -> int:
+    if dtype not in _DTYPES:
+        raise ValueError(f"Values that are reduced or gathered inside `fit` must be real numbers, got {dtype}.")
+    return _DTYPES.index(dtype)
 
 
 def _operation(operation: Any) -> str:

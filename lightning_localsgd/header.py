@@ -123,12 +123,13 @@ def decide(messages: Sequence[Message]) -> Decision:
     if want is Want.ENDED and others:
         raise RuntimeError(_why_not(messages, want))
 
-    layouts = {message.layout for message in messages if message.layout}
-    if len(layouts) > 1:
-        odd = next(rank for rank, message in enumerate(messages) if message.layout not in (0, messages[0].layout))
+    layouts = {rank: message.layout for rank, message in enumerate(messages) if message.layout}
+    if len(set(layouts.values())) > 1:
+        one = min(layouts)
+        odd = next(rank for rank, layout in layouts.items() if layout != layouts[one])
         raise RuntimeError(
             f"All workers must train the same model, and the parameters and buffers of rank {odd} differ from those "
-            "of rank 0 in name, dtype, shape or memory format."
+            f"of rank {one} in name, dtype, shape or memory format."
         )
 
     stepped = tuple(message.stepped for message in messages)

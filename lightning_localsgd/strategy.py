@@ -62,7 +62,8 @@ class LocalSGDStrategy(DDPStrategy):
 
     Raises:
         ValueError: if ``period`` is not an int of at least 1 or a schedule, with ``Trainer(sync_batchnorm=True)`` or
-            a ``SyncBatchNorm`` in the module, and with LBFGS while gradients are averaged.
+            a ``SyncBatchNorm`` in the module, with LBFGS while gradients are averaged, and with
+            ``ZeroRedundancyOptimizer`` in longer rounds.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -139,6 +140,13 @@ class LocalSGDStrategy(DDPStrategy):
             raise ValueError(
                 "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
                 "rule can end on one worker while the others wait."
+            )
+        if self.schedule != Every(1) and any(
+            hasattr(optimizer, "consolidate_state_dict") for optimizer in self.optimizers
+        ):
+            raise ValueError(
+                "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
+                f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
         self._undo = _lightning.attach(trainer, self)
         self._undo.callback(MetricSync(self._gather_metric).attach(self.lightning_module))

@@ -77,9 +77,9 @@ def test_the_step_is_the_largest_and_signals_are_united():
 
 
 def test_another_layout_is_refused_by_rank():
-    odd = [Message(Want.ROUND, layout=layout) for layout in (4, 0, 5)]
-    with pytest.raises(RuntimeError, match="parameters and buffers of rank 2 differ from those of rank 0"):
-        wants(*odd)
+    for layouts, odd, one in [((4, 0, 5), 2, 0), ((0, 4, 5), 2, 1), ((4, 4, 5), 2, 0)]:
+        with pytest.raises(RuntimeError, match=f"parameters and buffers of rank {odd} differ from those of rank {one}"):
+            wants(*(Message(Want.ROUND, layout=layout) for layout in layouts))
 
 
 def test_digests_are_counted_when_leaving():

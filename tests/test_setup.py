@@ -57,6 +57,13 @@ class WithSyncBatchNorm(Regression):
         self.extra = nn.SyncBatchNorm(3)
 
 
+class Sharded(Regression):
+    def configure_optimizers(self):
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
+        return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=torch.optim.SGD, lr=0.1)
+
+
 class OtherModels(Regression):
     def __init__(self):
         super().__init__()
@@ -78,10 +85,12 @@ class Wrong(Schedule):
             "ValueError",
             "must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as 'extra'",
         ),
+        (Sharded, 8, "ValueError", "communicates in every step and needs a `period` of 1, got Every(period=8)"),
         (OtherModels, 8, "RuntimeError", "the parameters and buffers of rank 1 differ from those of rank 0"),
         (Regression, Wrong(), "ValueError", "`Wrong.length` must return an int of at least 1, got 0"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # by torch's own distributed optimizers
 def test_bad_input_is_the_same_error_on_all_ranks(module, period, error, says):
     ends = run_workers(build_and_fit, 2, module, period, catch=True, timeout=60)
     assert {end.type for end in ends} == {error}
