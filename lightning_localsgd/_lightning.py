@@ -8,12 +8,11 @@ class, always undone. Each is checked to be there, and `tests/test_lightning.py`
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib import import_module
 from types import FrameType
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 SIGTERM, REQUEUE = 1, 2  # bits of `Message.signals`
 
@@ -104,7 +103,7 @@ def validate_now(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     trainer.validating = True
     first_loop_iter = trainer._logger_connector._first_loop_iter
-    call._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
+    _of(trainer, "trainer.call")._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
     loop.val_loop.run()
     trainer.training = True
     trainer._logger_connector._first_loop_iter = first_loop_iter
@@ -117,4 +116,10 @@ def act_on(trainer: Trainer, signals: int) -> None:
         type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)  # type: ignore[arg-type]
     if signals & SIGTERM:
         connector.received_sigterm = True
-        raise SIGTERMException
+        raise _of(trainer, "utilities.exceptions").SIGTERMException
+
+
+def _of(trainer: Trainer, module: str) -> Any:
+    """Return a module of the package that the trainer is of: ``lightning.pytorch`` or ``pytorch_lightning``."""
+    package = type(trainer.state).__module__.removesuffix(".trainer.states")
+    return import_module(f"{package}.{module}")

@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed import ReduceOp
 from torchmetrics import Metric
@@ -150,18 +147,26 @@ def _cause() -> str | None:
     frame = sys._getframe(2)
     while frame is not None:
         name, owner = frame.f_code.co_name, frame.f_locals.get("self")
-        if isinstance(owner, LightningModule) and name == "log":
+        if _is(owner, "LightningModule") and name == "log":
             return f"`self.log({frame.f_locals['name']!r}, on_step=True, sync_dist=True)`"
-        if isinstance(owner, Timer) and name == "on_train_batch_end":
+        if _is(owner, "Timer") and name == "on_train_batch_end":
             return "`Trainer(max_time=...)`, or a `Timer` with `interval='step'`,"
-        if isinstance(owner, ModelCheckpoint):
+        if _is(owner, "ModelCheckpoint"):
             return "`ModelCheckpoint(train_time_interval=...)`" if name == "on_train_batch_end" else None
         if isinstance(owner, Metric) and owner.dist_sync_on_step and name == "forward":
             return f"`{type(owner).__name__}(dist_sync_on_step=True)`"
-        if isinstance(owner, Strategy) and name == "training_step":
+        if _is(owner, "Strategy") and name == "training_step":
             return "A collective in `training_step`"
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _is(owner: object, name: str) -> bool:
+    """Return whether this is Lightning's class of that name, in whichever of its two packages."""
+    return any(
+        base.__name__ == name and base.__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
+        for base in type(owner).__mro__
+    )
 
 
 def _code(dtype: torch.dtype) -> int:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,9 +35,13 @@ from lightning_localsgd.worker import Worker
 
 _KEY = "lightning_localsgd"  # our entry in a checkpoint
 _T = TypeVar("_T")
+if TYPE_CHECKING:
+    _Base = DDPStrategy
+else:
+    _Base = object  # `lightning.pytorch` and `pytorch_lightning` share no class: theirs comes with `LocalSGDStrategy`
 
 
-class LocalSGDStrategy(DDPStrategy):
+class LocalSGD(_Base):
     r"""Train by parallel restarted SGD: workers train alone for a round, then restart from the mean of their models.
 
     .. math::
@@ -74,6 +78,7 @@ class LocalSGDStrategy(DDPStrategy):
     """
 
     strategy_name = "localsgd"
+    _made_for: str
 
     def __init__(
         self,
@@ -110,6 +115,10 @@ class LocalSGDStrategy(DDPStrategy):
         self._resumed: dict[str, int] | None = None  # the clock of the checkpoint that a fit goes on from
         self._last_clock: dict[str, int] | None = None  # of the last fit, for a checkpoint that is saved after it
         self._undo = ExitStack()  # puts back what a fit has wrapped
+
+    def __repr__(self) -> str:
+        # A Trainer of the other package refuses this strategy as an invalid name and shows its `repr`: our only word.
+        return f"<{type(self).__name__} for {self._made_for}>"
 
     @property
     def _layer_sync(self) -> LayerSync | None:
@@ -155,25 +164,26 @@ class LocalSGDStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Start a run: a new worker, from rank 0's model."""
-        assert isinstance(self.model, LightningModule)
+        module = self.lightning_module
+        assert module is not None
         if self._header is None:
             self._header = Header(self.global_rank, self.world_size, self._timeout)
         self._worker = Worker(
             self._header,
             clock=Clock(self.schedule, self.world_size, self._resumed),
-            replica=Replica(self.model),
+            replica=Replica(module),
             mean=self.mean,
             device=self.root_device,
             act=self._act_on_signals,
         )
-        self._automatic = self.model.automatic_optimization
+        self._automatic = module.automatic_optimization
         self._optimizer_stepped = False  # since the last step was counted
         self._accumulating = False  # is this batch's gradient only added to the next one's?
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
         self._warn_of_step = StepWarning()
         self._written: set[str] = set()  # checkpoints that this rank wrote because rank 0 was elsewhere
         self._worker.start()
-        self._unreduced = list(self.model.parameters())  # parameters whose gradients no reducer averages yet
+        self._unreduced = list(module.parameters())  # parameters whose gradients no reducer averages yet
 
     def teardown(self) -> None:
         self._undo.close()
@@ -468,6 +478,11 @@ class LocalSGDStrategy(DDPStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         if cls.strategy_name not in strategy_registry:
             strategy_registry.register(cls.strategy_name, cls, description="Parallel restarted SGD")
+
+
+class LocalSGDStrategy(LocalSGD, DDPStrategy):  # noqa: D101
+    __doc__ = LocalSGD.__doc__  # LightningCLI looks for it here
+    _made_for = "`lightning`; for `pytorch_lightning` take `lightning_localsgd.pytorch_lightning.LocalSGDStrategy`"
 
 
 def _ddp_options() -> dict[str, Any]:
