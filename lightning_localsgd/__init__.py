@@ -2,6 +2,7 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_localsgd.checkpoint import adopt_replica as adopt_replica
 from lightning_localsgd.mean import Mean as Mean
 from lightning_localsgd.schedule import Every as Every
 from lightning_localsgd.schedule import Progress as Progress

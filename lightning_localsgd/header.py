@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 from datetime import timedelta
 from enum import IntEnum
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,21 +23,22 @@ class Want(IntEnum):
 
     # Collectives of Lightning: served for those who ask, while the others contribute nothing.
     BARRIER = 0
-    WRITE = 1
+    FILES = 1  # write or remove a checkpoint: each worker does its part
     BROADCAST = 2
     REDUCE = 3
     GATHER = 4
     # Ours.
     CONSENSUS = 5  # look at the mean of all replicas; the others only contribute
-    VALIDATE = 6  # done by all, or put off to the end of the epoch
-    ALL_GATHER = 7  # Lightning's, whose result has a row for each rank: done by all or not at all
-    ROUND = 8  # end of a round: average, for all
-    SIGNAL = 9  # act on a signal that the last header told
-    STEP = 10  # first forward of a step that averages gradients: by all or not at all
-    ENDED = 11  # no more data in this epoch; waits for the others
-    EPOCH = 12  # start of an epoch
-    OVER = 13  # this rank's fit is over; waits for the others
-    LEAVE = 14  # last word of the fit, after all `on_train_end` hooks
+    MOMENTS = 6  # look at the mean of an optimizer's moments; the others only contribute
+    VALIDATE = 7  # done by all, or put off to the end of the epoch
+    ALL_GATHER = 8  # Lightning's, whose result has a row for each rank: done by all or not at all
+    ROUND = 9  # end of a round: average, for all
+    SIGNAL = 10  # act on a signal that the last header told
+    STEP = 11  # first forward of a step that averages gradients: by all or not at all
+    ENDED = 12  # no more data in this epoch; waits for the others
+    EPOCH = 13  # start of an epoch
+    OVER = 14  # this rank's fit is over; waits for the others
+    LEAVE = 15  # last word of the fit, after all `on_train_end` hooks
 
     @property
     def waits(self) -> bool:
@@ -168,6 +170,35 @@ class Header:
             dist.all_gather(list(rows.unbind()), mine, group=self._group)
         return decide([Message(Want(want), *rest) for want, *rest in rows.tolist()])
 
+    # After a header, what is said in so many words, by all ranks at once.
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """Return the value of rank ``source``."""
+        box = [value]
+        if self._group is not None:
+            dist.broadcast_object_list(box, source, group=self._group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks."""
+        values = [value] * self.size
+        if self._group is not None:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def agree(self, error: Exception | None) -> None:
+        """Go on if no rank had an error.
+
+        Raises:
+            Exception: this rank's own; a ``RuntimeError`` with that of the first rank that had one, elsewhere.
+        """
+        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, words in enumerate(said):
+            if words is not None:
+                raise RuntimeError(f"Rank {rank} failed where all ranks must succeed: {words}")
+
 
 def _why_not(messages: Sequence[Message], want: Want) -> str:
     first = next(rank for rank, message in enumerate(messages) if message.want == want)
@@ -191,11 +222,12 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
 
 _DOING = {
     Want.BARRIER: "waits at a barrier",
-    Want.WRITE: "saves a checkpoint",
+    Want.FILES: "saves or removes a checkpoint",
     Want.BROADCAST: "broadcasts",
     Want.REDUCE: "reduces a value",
     Want.GATHER: "gathers a metric",
     Want.CONSENSUS: "looks at the consensus",
+    Want.MOMENTS: "looks at the mean of the optimizers' moments",
     Want.VALIDATE: "validates",
     Want.ALL_GATHER: "calls `all_gather`",
     Want.ROUND: "ends a round",

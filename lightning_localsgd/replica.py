@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,28 @@ class Replica:
             hashed.update(piece.cpu().view(torch.uint8).numpy().data)
         return int.from_bytes(hashed.digest()[:8], "big") >> 1
 
+    def state(self, own: "Snapshot | None" = None) -> dict[str, Any]:
+        """Return the values, to :meth:`load` them into the same model elsewhere.
+
+        Args:
+            own: where the values are while the module holds other ones.
+        """
+        return {"layout": self.layout(), "tensors": self.tensors() if own is None else own.values()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Write the values that :meth:`state` returned into the module.
+
+        Raises:
+            ValueError: if they are of another model.
+        """
+        if state["layout"] != self.layout():
+            raise ValueError(
+                "To resume exactly, the model must have the parameters and buffers that it had when it was saved, and "
+                'they differ in name, dtype, shape or memory format; `checkpoint="consensus"` goes on without.'
+            )
+        with torch.no_grad():
+            torch._foreach_copy_(self.tensors(), state["tensors"])
+
     def snapshot(self) -> "Snapshot":
         """Return a copy to :meth:`Snapshot.restore` later."""
         tensors = self.tensors()
@@ -76,15 +99,23 @@ class Snapshot:
         """Take note that the values now in the module are ours: later writes are the user's."""
         self._versions = [tensor._version for tensor in self._tensors]
 
+    def values(self) -> list[Tensor]:
+        """Return the values that :meth:`restore` would leave in the module."""
+        kept = set(self._mine())
+        return [self._values[i] if i in kept else tensor for i, tensor in enumerate(self._tensors)]
+
     def restore(self) -> None:
         """Put the values back, but for buffers that were written since :meth:`mark`."""
-        mine = [
+        mine = self._mine()
+        with torch.no_grad():
+            torch._foreach_copy_([self._tensors[i] for i in mine], [self._values[i] for i in mine])
+
+    def _mine(self) -> list[int]:
+        return [
             i
             for i, tensor in enumerate(self._tensors)
             if i < self._first_buffer or self._versions is None or tensor._version == self._versions[i]
         ]
-        with torch.no_grad():
-            torch._foreach_copy_([self._tensors[i] for i in mine], [self._values[i] for i in mine])
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -126,6 +126,12 @@ class Clock:
             "averages_models": int(self.averages_models),
         }
 
+    @staticmethod
+    def new_round(state: dict[str, int]) -> dict[str, int]:
+        """Return the state in which the round that ``state`` is in has ended where it was."""
+        step = state["start"] + state["taken"]
+        return state | {"start": step, "round": state["round"] + (state["taken"] > 0), "taken": 0}
+
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,8 +1,7 @@
 """WHERE in Lightning: the strategy, whose hooks count steps and let the workers agree at the right places."""
 
 import inspect
-import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from datetime import timedelta
@@ -26,14 +25,25 @@ from torch.optim import LBFGS, Optimizer
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_localsgd import _lightning
+from lightning_localsgd.checkpoint import (
+    KEY,
+    AtomicCheckpointIO,
+    Keeper,
+    Parts,
+    Remove,
+    Save,
+    one_workers_path,
+    refuse_one_worker,
+)
 from lightning_localsgd.collectives import MetricSync, StepWarning
 from lightning_localsgd.header import Header, Want
 from lightning_localsgd.mean import Mean
+from lightning_localsgd.moments import load_as_it_was, mean_state
 from lightning_localsgd.replica import Replica
+from lightning_localsgd.resume import Fit
 from lightning_localsgd.schedule import Clock, Every, Schedule
 from lightning_localsgd.worker import Worker
 
-_KEY = "lightning_localsgd"  # our entry in a checkpoint
 _T = TypeVar("_T")
 if TYPE_CHECKING:
     _Base = DDPStrategy
@@ -55,6 +65,10 @@ class LocalSGD(_Base):
         period: the interval :math:`I`, an int of at least 1, or a :class:`Schedule`. Between averages no rank
             communicates. While every round has had length 1, *gradients* are averaged, exactly as ``DDPStrategy`` does.
         mean: how the models are averaged.
+        checkpoint: what a checkpoint keeps. With ``"consensus"`` it is one ordinary file, of the mean of all replicas
+            and of their optimizers' moments; a run that resumes from it starts a new round there. With ``"exact"``
+            each worker also writes its own part beside it, and a run that resumes from it with as many workers goes
+            on bit for bit as if it had not stopped.
         accelerator: as in ``DDPStrategy``, and so are all that follow.
         parallel_devices: the devices of this node.
         cluster_environment: tells rank and world size.
@@ -85,6 +99,7 @@ class LocalSGD(_Base):
         period: int | Schedule = 8,
         *,
         mean: Mean = Mean(),
+        checkpoint: Literal["consensus", "exact"] = "consensus",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -96,6 +111,8 @@ class LocalSGD(_Base):
     ) -> None:
         if not isinstance(mean, Mean):
             raise ValueError(f"`mean` must be a `Mean`, got {mean!r}.")
+        if checkpoint not in ("consensus", "exact"):
+            raise ValueError(f'`checkpoint` must be "consensus" or "exact", got {checkpoint!r}.')
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -109,10 +126,13 @@ class LocalSGD(_Base):
         )
         self.schedule = period if isinstance(period, Schedule) else Every(period)
         self.mean = mean
+        self._exact = checkpoint == "exact"
         self._header: Header | None = None
         self._worker: Worker | None = None  # of the fit in progress
+        self._fit: Fit | None = None  # follows it, where checkpoints are exact
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
         self._resumed: dict[str, int] | None = None  # the clock of the checkpoint that a fit goes on from
+        self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
         self._last_clock: dict[str, int] | None = None  # of the last fit, for a checkpoint that is saved after it
         self._undo = ExitStack()  # puts back what a fit has wrapped
 
@@ -158,6 +178,9 @@ class LocalSGD(_Base):
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
         self._undo = _lightning.attach(trainer, self)
+        if self._exact:
+            self._fit = Fit(trainer, self.root_device, self._part["fit"] if self._part else None)
+            self._undo.callback(self._fit.leave)
         self._undo.callback(MetricSync(self._gather_metric).attach(self.lightning_module))
         for optimizer in self.optimizers:  # so that also a step past Lightning's optimizers counts
             self._undo.callback(optimizer.register_step_post_hook(self._note_step).remove)
@@ -166,33 +189,41 @@ class LocalSGD(_Base):
         """Start a run: a new worker, from rank 0's model."""
         module = self.lightning_module
         assert module is not None
-        if self._header is None:
-            self._header = Header(self.global_rank, self.world_size, self._timeout)
+        header = self._talk()
+        self._keeper = Keeper(header, self.local_rank == 0, self._own_part)
         self._worker = Worker(
-            self._header,
+            header,
             clock=Clock(self.schedule, self.world_size, self._resumed),
             replica=Replica(module),
             mean=self.mean,
             device=self.root_device,
             act=self._act_on_signals,
+            optimizers=lambda: self.optimizers,
+            files=self._serve_files,
         )
         self._automatic = module.automatic_optimization
         self._optimizer_stepped = False  # since the last step was counted
         self._accumulating = False  # is this batch's gradient only added to the next one's?
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
         self._warn_of_step = StepWarning()
-        self._written: set[str] = set()  # checkpoints that this rank wrote because rank 0 was elsewhere
-        self._worker.start()
+        self._worker.start(self._part["worker"] if self._part else None)
         self._unreduced = list(module.parameters())  # parameters whose gradients no reducer averages yet
 
     def teardown(self) -> None:
         self._undo.close()
         if self._worker is not None:
             self._last_clock = self._worker.clock.state_dict()
-        self._worker, self._running, self._resumed = None, False, None
+        self._worker, self._fit, self._running = None, None, False
+        self._resumed = self._part = None
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
         super().teardown()
+
+    def _talk(self) -> Header:
+        """Return how the ranks hear of each other; all make it at once."""
+        if self._header is None:
+            self._header = Header(self.global_rank, self.world_size, self._timeout)
+        return self._header
 
     @property
     def worker(self) -> Worker:
@@ -214,10 +245,7 @@ class LocalSGD(_Base):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        worker = self.worker
-        if worker.known_signals or (worker.signals and worker.alone):
-            worker.ask(Want.SIGNAL)
-        if not (worker.clock.averages_models or self._step_is_open):
+        if not (self.worker.clock.averages_models or self._step_is_open):
             self._reduce_gradients()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +316,13 @@ class LocalSGD(_Base):
 
     # What `_lightning.attach` calls at places that a strategy has no hook for.
 
+    def has_loaders(self) -> None:
+        if self._fit is not None:
+            self._fit.follow()
+
     def starts_epoch(self) -> bool:
+        if self._fit is not None:
+            self._fit.starts_epoch()
         decision = self.worker.ask(Want.EPOCH)
         if decision.want is Want.OVER:
             rank_zero_warn(
@@ -297,13 +331,29 @@ class LocalSGD(_Base):
             )
         return decision.want is Want.EPOCH
 
+    def starts_batches(self) -> None:
+        if self._fit is not None:
+            self._fit.starts_batches()
+
+    def before_batch(self) -> bool:
+        if self._fit is not None and not self._fit.before_batch():
+            return False
+        worker = self.worker
+        if worker.known_signals or (worker.signals and worker.alone):
+            worker.ask(Want.SIGNAL)
+        return True
+
     def ends_epoch(self) -> None:
+        if self._fit is not None:
+            self._fit.ends_epoch()
         self.worker.ask(Want.ENDED)
         self._step_is_open = False
         self.worker.act_on_signals()
         if self.worker.validation_is_due:
             self.worker.validation_is_due = False
             _lightning.validate_now(self._trainer)
+        if self._fit is not None:
+            self._fit.waits = False
 
     def validates(self, run: Callable[[], Any]) -> Any:
         if not self._running:  # the sanity check
@@ -319,6 +369,11 @@ class LocalSGD(_Base):
     def ends_fit(self) -> None:
         self.worker.ask(Want.OVER)
 
+    def ends_untrained(self) -> None:
+        if self._part is not None:  # own replicas, which no round will end
+            self.ends_fit()
+            self._agree_at_the_end()
+
     def has_data_somewhere(self, here: bool) -> bool:
         return self.reduce_boolean_decision(here, all=False)
 
@@ -331,13 +386,16 @@ class LocalSGD(_Base):
 
     def on_train_end(self) -> None:
         super().on_train_end()
+        self._agree_at_the_end()
+        self._running = False
+
+    def _agree_at_the_end(self) -> None:
         if not self.worker.alone:
             # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in
             # their `on_train_end`, after the last average.
             digests = self.worker.ask(Want.LEAVE, self.worker.replica.digest()).detail
             if digests > 1:
                 self.worker.average_all()
-        self._running = False
 
     # ------------------------------------------------------------------------------------------ consensus, checkpoints
 
@@ -382,31 +440,111 @@ class LocalSGD(_Base):
             # Written only after the module has its own weights again.
             return deepcopy(state) if self._worker is not None and self._worker.holds_other_weights else state
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        if self._communicates:
+            return self.worker.mean_state(optimizer, state)
+        if self._worker is None and self._last_clock and self._last_clock["averages_models"] and not self._is_apart:
+            return mean_state(state, self.mean, self._talk(), reader=0, device=self.root_device)  # after a fit
+        return state
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = _lightning.with_default_io(self._checkpoint_io, AtomicCheckpointIO())
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         clock = self._worker.clock.state_dict() if self._worker is not None else self._last_clock
         if clock is not None:
-            checkpoint[_KEY] = clock
-        if not self._communicates:
+            checkpoint[KEY] = {"clock": clock, **self._setting()}
+        if self._communicates:
+            exact = self._exact and "optimizer_states" in checkpoint  # else only weights are saved
+            self._handle_files(Save(str(filepath), checkpoint, storage_options, exact))
+        elif self._is_apart:
+            checkpoint[KEY] = checkpoint.get(KEY, {}) | {"one_worker": self.global_rank}
+            path = one_workers_path(str(filepath), self.global_rank)
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        writer = self.worker.ask(Want.WRITE).askers[0]  # rank 0, unless it is elsewhere
-        if self.global_rank == writer:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            if writer > 0:
-                self._written.add(str(filepath))
-                warnings.warn(f"Rank {writer} has written {filepath}, because rank 0 was elsewhere.", stacklevel=2)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self._worker is not None and str(filepath) in self._written:
-            self.checkpoint_io.remove_checkpoint(filepath)
-        else:
+        if self._communicates:
+            self._handle_files(Remove(str(filepath)))
+        elif not self._is_apart:  # there it is the last good one
             super().remove_checkpoint(filepath)
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(*args, **kwargs)
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            self._resumed = checkpoint.get(_KEY)
+    @property
+    def _is_apart(self) -> bool:
+        """Whether an exception has left this rank with a replica that is not the other workers'."""
+        return self._trainer.interrupted and self.world_size > 1
+
+    def _handle_files(self, wish: Save | Remove) -> None:
+        source = self.worker.ask(Want.FILES, detail=int(isinstance(wish, Remove))).askers[0]  # rank 0, if it is here
+        self._keeper.serve(source, wish, self.checkpoint_io)
+
+    def _serve_files(self, source: int) -> None:
+        self._keeper.serve(source, None, self.checkpoint_io)
+
+    def _setting(self) -> dict[str, Any]:
+        """Return what a resume must have in common with the run that saved, to go on bit for bit."""
+        backend = self._process_group_backend if self.world_size > 1 else None
+        return {"workers": self.world_size, "bucket_mb": self.mean.bucket_mb, "backend": backend}
+
+    def _own_part(self) -> dict[str, Any]:
+        assert self._fit is not None
+        return {
+            "worker": self.worker.state(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "fit": self._fit.state(),
+        }
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        checkpoint: dict[str, Any] = {}
+        error = None
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+            self._go_on_from(checkpoint, str(checkpoint_path))
+        except Exception as this:
+            error = this
+        self._talk().agree(error)
         return checkpoint
+
+    def _go_on_from(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Take the clock and, for an exact resume, this worker's part from a checkpoint."""
+        refuse_one_worker(checkpoint, path)
+        entry, parts = checkpoint.get(KEY, {}), Parts.of(checkpoint)
+        if "clock" in entry:
+            self._resumed = Clock.new_round(entry["clock"])
+        if not self._exact:
+            return
+        setting = self._setting()
+        if "clock" not in entry:
+            why_not = "it was saved by another strategy"
+        elif parts is None:
+            why_not = 'it was saved without `checkpoint="exact"`'
+        elif entry["workers"] != self.world_size:
+            why_not = f"it was saved by {entry['workers']} workers, and these are {self.world_size}"
+        else:
+            part = parts.read(self.global_rank, path)
+            for name in ("bucket_mb", "backend"):
+                if entry[name] != setting[name]:
+                    part["fit"]["why_not"].append(f"`{name}` was {entry[name]!r} and is {setting[name]!r}")
+            checkpoint |= part["fit"]["lightning"] | {"optimizer_states": part["optimizers"]}
+            self._part, self._resumed = part, part["worker"]["clock"]
+            return
+        rank_zero_warn(f"All workers start a new round at the consensus in {path}: {why_not}.")
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self._part is not None:
+            for optimizer, state in zip(self.optimizers, self._part["optimizers"], strict=True):
+                load_as_it_was(optimizer, state)
 
     # ------------------------------------------------------------------------------------------ Lightning's collectives
 

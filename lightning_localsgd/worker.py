@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, Want
 from lightning_localsgd.mean import Mean
-from lightning_localsgd.replica import Replica
+from lightning_localsgd.moments import mean_state
+from lightning_localsgd.replica import Replica, Snapshot
 from lightning_localsgd.schedule import Clock
 
 
@@ -23,6 +26,8 @@ class Worker:
         mean: how models are averaged.
         device: where tensors must be to travel.
         act: does what signals ask for, on all ranks at once.
+        optimizers: returns the optimizers, whose moments others may want to see.
+        files: does this worker's part in writing or removing a checkpoint that others asked for.
     """
 
     def __init__(
@@ -34,18 +39,23 @@ class Worker:
         mean: Mean,
         device: torch.device,
         act: Callable[[int], None],
+        optimizers: Callable[[], Sequence[Optimizer]],
+        files: Callable[[int], None],
     ) -> None:
         self._header = header
         self.clock = clock
         self.replica = replica
         self.mean = mean
         self.collectives = Collectives(self.ask, device)
+        self._device = device
         self._act = act
+        self._optimizers = optimizers
+        self._files = files
         # Since the last average: has this worker taken a step, has it run a training step (which may change buffers)?
         self.stepped = self.touched = False
         self.validation_is_due = False  # put off to the end of the epoch
         self.inside_consensus = False
-        self.holds_other_weights = False  # inside a consensus, and not only because all replicas are equal
+        self._own: Snapshot | None = None  # inside a consensus, unless it is because all replicas are equal
         self.signals = 0  # received by this process
         self.known_signals = 0  # received by any, as all know
 
@@ -56,15 +66,30 @@ class Worker:
 
     # ----------------------------------------------------------------------------------------------------- the protocol
 
-    def start(self) -> None:
-        """Start from rank 0's model.
+    def start(self, state: dict[str, Any] | None = None) -> None:
+        """Start from rank 0's model, or from where this worker was.
+
+        Args:
+            state: what :meth:`state` returned, on all ranks or on none.
 
         Raises:
             RuntimeError: on all ranks, if their models differ in more than their values.
+            ValueError: if ``state`` is of another model.
         """
         self._exchange(Want.EPOCH)
-        if not self.alone:
+        if state is not None:
+            self.stepped, self.touched, self.validation_is_due = map(bool, state["flags"])
+            self.replica.load(state["replica"])
+        elif not self.alone:
             self.mean.broadcast(self.replica.tensors())
+
+    def state(self) -> dict[str, Any]:
+        """Return where this worker is: its clock, what it has done since the last average, and its own replica."""
+        return {
+            "clock": self.clock.state_dict(),
+            "flags": [self.stepped, self.touched, self.validation_is_due],
+            "replica": self.replica.state(self._own),
+        }
 
     def ask(self, want: Want, detail: int = 0) -> Decision:
         """Send headers, and take part in what the others want, until this worker's own want is served."""
@@ -79,6 +104,10 @@ class Worker:
                 self.act_on_signals()
             elif decision.want is Want.CONSENSUS and not asked:
                 self.average(decision.weights, write=False)
+            elif decision.want is Want.MOMENTS and not asked:
+                self._mean_state(self._optimizers()[decision.detail].state_dict(), decision)
+            elif decision.want is Want.FILES and not asked:
+                self._files(decision.askers[0])
             elif not asked:
                 self.collectives.stand_in(decision)
             if asked:
@@ -146,6 +175,21 @@ class Worker:
 
     # -------------------------------------------------------------------------------------------------------- consensus
 
+    @property
+    def holds_other_weights(self) -> bool:
+        """Whether the module holds the consensus now, and that is not this worker's own replica."""
+        return self._own is not None
+
+    def mean_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state dict ``state`` of one of the optimizers with the mean of its moments over all workers."""
+        if self.alone or not self.clock.averages_models:
+            return state
+        index = next(i for i, other in enumerate(self._optimizers()) if other is optimizer)
+        return self._mean_state(state, self.ask(Want.MOMENTS, detail=index))
+
+    def _mean_state(self, state: dict[str, Any], decision: Decision) -> dict[str, Any]:
+        return mean_state(state, self.mean, self._header, reader=decision.askers[0], device=self._device)
+
     @contextmanager
     def consensus(self) -> Generator[None, None, None]:
         """Within it the module holds the mean of all replicas, after it its own weights again."""
@@ -160,13 +204,13 @@ class Worker:
     def holding_consensus(self, weights: Sequence[int]) -> Generator[None, None, None]:
         """The same after a header that all ranks have answered alike."""
         own = self.replica.snapshot() if any(weights) and not self.alone else None
-        self.inside_consensus, self.holds_other_weights = True, own is not None
+        self.inside_consensus, self._own = True, own
         try:
             self.average(weights)
             if own is not None:
                 own.mark()
             yield
         finally:
-            self.inside_consensus = self.holds_other_weights = False
+            self.inside_consensus, self._own = False, None
             if own is not None:
                 own.restore()
