@@ -170,7 +170,7 @@ class Stage(Enum):
 
 def stage(trainer: Trainer, waits: bool) -> Stage:
     """Return where the fit is; ``waits`` says that this rank's data in the epoch has ended."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
     validation = loop.epoch_loop.val_loop
     if trainer.validating:
@@ -191,16 +191,14 @@ def stage(trainer: Trainer, waits: bool) -> Stage:
 
 
 def own_state(trainer: Trainer, stage: Stage) -> dict[str, Any]:
-    """Return what a checkpoint holds of this rank, so that its loops go on from this stage without repeating or
-    leaving out a part of it.
-    """
+    """Return what a checkpoint holds of this rank, whose loops will neither repeat nor leave out a part."""
     call = _of(trainer, "trainer.call")
     state: dict[str, Any] = {
         "loops": deepcopy(trainer._checkpoint_connector._get_loops_state_dict()),
         "callbacks": call._call_callbacks_state_dict(trainer),
         "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
     }
-    for owner in (trainer.precision_plugin, trainer.datamodule):
+    for owner in (trainer.precision_plugin, getattr(trainer, "datamodule", None)):
         if owner is not None and (of_owner := owner.state_dict()):
             state[type(owner).__qualname__] = of_owner
     fit = state["loops"]["fit_loop"]
@@ -238,7 +236,7 @@ def fetched(trainer: Trainer) -> tuple[dict[str, Any], str | None]:
     fetcher, combined = loop._data_fetcher, loop._combined_loader
     state = {
         "ahead": list(getattr(fetcher, "batches", [])),
-        "consumed": list(getattr(combined and combined._iterator, "_consumed", [])),
+        "consumed": list(getattr(getattr(combined, "_iterator", None), "_consumed", [])),
         "reloaded": loop._last_train_dl_reload_epoch,
     }
     if fetcher is not None and not hasattr(fetcher, "batches"):
@@ -248,7 +246,7 @@ def fetched(trainer: Trainer) -> tuple[dict[str, Any], str | None]:
 
 def set_sampler_epochs(trainer: Trainer) -> None:
     """Tell the samplers the epoch before an iterator is made; Lightning does after."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     for loader in loaders(trainer):
         _of(trainer, "loops.fit_loop")._set_sampler_epoch(loader, loop.epoch_progress.current.processed)
 
@@ -266,10 +264,8 @@ def take_up_epoch_end(trainer: Trainer, stage: Stage, state: dict[str, Any]) -> 
 
 def take_up_batches(trainer: Trainer, state: dict[str, Any]) -> None:
     """Let the fetcher and the combination of loaders remember what they did."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     fetcher, combined = loop._data_fetcher, loop._combined_loader
-    assert fetcher is not None
-    assert combined is not None
     trainer._logger_connector._callback_metrics.update(state["logged"])
     loop._last_train_dl_reload_epoch = state["fetched"]["reloaded"]
     if state["fetched"]["ahead"]:  # put there in place of what has been fetched since
@@ -287,16 +283,13 @@ def take_up_batch(trainer: Trainer, stage: Stage) -> bool:
     Raises:
         StopIteration: if there is none any more in this epoch.
     """
-    loop = trainer.fit_loop.epoch_loop
+    if stage in (Stage.IN_BATCH, Stage.VALIDATION):
+        return True  # as Lightning does it
+    _forget_resuming(trainer)
     if stage is Stage.DATA_OVER:
         raise StopIteration
-    if stage in (Stage.BATCH_END, Stage.VALIDATION_END):
-        loop.val_loop._restarting = False
-        loop._skip_next_val = stage is Stage.VALIDATION_END
-        return False
-    if stage is Stage.BETWEEN:
-        _forget_resuming(trainer)
-    return True
+    trainer.fit_loop.epoch_loop._skip_next_val = stage is Stage.VALIDATION_END
+    return stage not in (Stage.BATCH_END, Stage.VALIDATION_END)
 
 
 def _forget_resuming(trainer: Trainer) -> None:
@@ -326,6 +319,6 @@ def with_default_io(io: CheckpointIO | None, default: CheckpointIO) -> Checkpoin
     """Return ``io``, or ``default`` where there is none; one that wraps another gets ``default`` if it has none yet."""
     if io is None:
         return default
-    if hasattr(type(io), "checkpoint_io"):
+    if hasattr(io, "checkpoint_io"):
         io.checkpoint_io = default  # ignored where there is one
     return io

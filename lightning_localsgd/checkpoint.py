@@ -211,8 +211,8 @@ class Keeper:
         order: _Order = self._header.broadcast(self._order(wish) if is_source and wish is not None else None, source)
         sees_it = is_source or _exists(order.path)
         if order.saves:
-            if order.parts is not None:
-                self._try(lambda: order.parts.write(self._header.rank, self._part()))
+            if (parts := order.parts) is not None:
+                self._try(lambda: parts.write(self._header.rank, self._part()))
             self._try(lambda: self._write(order, wish, io) if is_source else None)
         else:
             self._try(lambda: _later(io, lambda: self._remove(order, io)) if is_source else None)
@@ -308,7 +308,7 @@ def adopt_replica(path: str | os.PathLike[str], new_path: str | os.PathLike[str]
     Example:
         ``adopt_replica("on_exception-rank1.ckpt", "go_on.ckpt")``, then ``trainer.fit(model, ckpt_path="go_on.ckpt")``.
     """
-    checkpoint = TorchCheckpointIO().load_checkpoint(os.fspath(path), map_location="cpu", weights_only=True)
+    checkpoint = TorchCheckpointIO().load_checkpoint(os.fspath(path), weights_only=True)
     if "one_worker" not in checkpoint.get(KEY, {}):
         raise ValueError(f"`path` must be a checkpoint of one worker's replica, got {os.fspath(path)!r}.")
     del checkpoint[KEY]["one_worker"]

@@ -5,6 +5,7 @@ known at which the current pass over the data was made and begun. To go on, the 
 states, so that it has the same order, and its first indices are dropped without loading what they stand for.
 """
 
+import io
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -224,7 +225,7 @@ class _Watch:
 
     def __init__(self, loader: Any) -> None:
         self._loader, self._own = loader, (loader.worker_init_fn, loader.collate_fn)
-        flag = torch.zeros(1, dtype=torch.uint8).share_memory_()
+        flag: Tensor = torch.zeros(1, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         loader.collate_fn = _Collate(loader.collate_fn, flag)
         loader.worker_init_fn = _Init(loader.worker_init_fn)
         self._flag = flag
@@ -329,3 +330,15 @@ def _plain(value: Any) -> Any:
 def reasons(followers: Iterable[Follower]) -> list[str]:
     """Return why the place of some of these loaders cannot be kept."""
     return [why for follower in followers if (why := follower.why_not)]
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether ``torch.load(..., weights_only=True)`` gives this value back."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:
+        return False
+    return True

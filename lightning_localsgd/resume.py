@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lightning_localsgd import _lightning
 from lightning_localsgd._lightning import Stage
-from lightning_localsgd.place import Follower, State, random_state, reasons, set_random_state
+from lightning_localsgd.place import Follower, State, is_plain, random_state, reasons, set_random_state
 
 _RANDOM_IN_PROCESSES = "the dataset draws random numbers in the loader's processes, whose states are not kept"
 
@@ -55,6 +55,9 @@ class Fit:
             why_not += reasons(self._followers)
         fetched, why = _lightning.fetched(trainer)
         why_not += [why] if why else []
+        if fetched["ahead"] and not is_plain(fetched["ahead"]):
+            fetched["ahead"] = []
+            why_not.append("the batches that were fetched ahead are not made of tensors, numbers, lists and dicts")
         module = trainer.lightning_module
         keeps_gradients = not module.automatic_optimization or (stage.in_epoch and _lightning.accumulates(trainer))
         return {
