@@ -1,14 +1,19 @@
 """Runs that are stopped and gone on from, and what they are held equal to: the run that was not."""
 
 import hashlib
+import logging
 import random
+import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
@@ -102,7 +107,7 @@ def model_of(case):
 
         def training_step(self, batch, batch_idx):
             if isinstance(batch, dict):
-                batch = tuple(torch.cat(parts) for parts in zip(*(b for b in batch.values() if b), strict=True))
+                batch = tuple(torch.cat(parts) for parts in zip(*batch.values(), strict=True))
             self.seen += 1
             loss = self.loss(batch)
             self.log("train_loss", loss.detach(), on_step=False, on_epoch=True)
@@ -148,6 +153,9 @@ def loader_of(case):
 
         options = {key: value for key, value in case.data.items() if key != "stateful"}
         return StatefulDataLoader(Points(2 * batches, case.transform), batch_size=2, **options)
+    if "combined" in case.data:
+        short, long = (DataLoader(Points(2 * size, case.transform), 2, shuffle=True) for size in (3, batches))
+        return CombinedLoader({"a": short, "b": long}, case.data["combined"])
     if "generator" in case.data:
         generator = torch.Generator().manual_seed(7)
         points = Points(2 * batches, case.transform)
@@ -191,7 +199,7 @@ class Digests(Callback):
         self.by_batch["end"] = digest(pl_module, [])
 
 
-def run(case, folder=None, saver=None, resume=None):
+def run(case, folder=None, saver=None, resume=None, callbacks=()):
     """Fit; return this worker's digests, those after the fit, and what its loader loaded.
 
     Args:
@@ -199,12 +207,14 @@ def run(case, folder=None, saver=None, resume=None):
         folder: where a ModelCheckpoint with the options ``saver`` saves.
         saver: its options, or None for a run that is not saved.
         resume: the checkpoint to go on from.
+        callbacks: more of them.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(100 + rank() if resume is None else 5)
     np.random.seed(200 + rank() if resume is None else 5)
     random.seed(300 + rank() if resume is None else 5)
     digests = Digests()
-    callbacks = [digests]
+    callbacks = [digests, *callbacks]
     if saver is not None:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **saver))
     model, loader = model_of(case), loader_of(case)
@@ -225,6 +235,43 @@ def run(case, folder=None, saver=None, resume=None):
     return digests.by_batch, digest(model, []), loaded
 
 
-def later(digests, step):
-    """Return the digests after ``step`` batches."""
-    return {key: value for key, value in digests.items() if key == "end" or key > step}
+def later(digests, batch):
+    """Return the digests from ``batch`` on."""
+    return {key: value for key, value in digests.items() if key == "end" or key >= batch}
+
+
+def go_on(case, folder, saver, other=None):
+    """Fit with checkpoints, then go on from each of them; return what differs, and what was said.
+
+    Returns:
+        For each checkpoint its step, the batches after which this worker's digests differ from those of the run that
+        was not stopped, and the warnings of the resume.
+    """
+    digests, end, _ = run(case, folder, saver)
+    if dist.is_initialized():
+        dist.barrier()  # until the last file is there
+    files = sorted(Path(folder).glob("*.ckpt"), key=lambda file: int(file.stem.partition("=")[2]))
+    assert len(files) > 1
+    found = []
+    for file in files[:-1]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again, again_end, loaded = run(case if other is None else other, resume=str(file))
+        numbers = [key for key in again if key != "end"]
+        expected = later(digests, min(numbers, default=0))
+        differ = [key for key in expected.keys() | again.keys() if expected.get(key) != again.get(key)]
+        differ += [] if end == again_end else ["after"]
+        said = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        said = [text for text in said if "exactly" in text or "new round" in text or "not resumable" in text]
+        found.append(Found(file.stem, min(numbers, default=None), differ, said, loaded))
+    return found
+
+
+class Found(NamedTuple):
+    """What was found when a run went on from one checkpoint."""
+
+    file: str
+    first: int | None  # batch after the resume
+    differ: list[Any]
+    said: list[str]
+    loaded: list[int] | None
