@@ -29,6 +29,7 @@ from lightning_localsgd import _lightning
 from lightning_localsgd.collectives import MetricSync, StepWarning
 from lightning_localsgd.header import Header, Want
 from lightning_localsgd.mean import Mean
+from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.schedule import Clock, Every, Schedule
 from lightning_localsgd.worker import Worker
@@ -103,6 +104,11 @@ class LocalSGDStrategy(DDPStrategy):
             **_ddp_options(),
         )
         self.schedule = period if isinstance(period, Schedule) else Every(period)
+        if self.schedule == Every(1) and (mean.nonfinite, mean.frozen) != ("raise", "send"):
+            raise ValueError(
+                "With a `period` of 1 gradients are averaged, as DDP does, and `nonfinite` and `frozen` of `Mean` have "
+                f"no effect: leave them at their defaults, got {mean!r}."
+            )
         self.mean = mean
         self._header: Header | None = None
         self._worker: Worker | None = None  # of the fit in progress
@@ -135,7 +141,9 @@ class LocalSGDStrategy(DDPStrategy):
                 raise ValueError(
                     f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
                 )
+        Replica(self.lightning_module).lines()  # raises if there is a tensor that has no mean
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
+        self.worker.optimizers.attach(lambda: self.optimizers, may_reset=self.mean.nonfinite == "exclude")
         if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(
                 "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
@@ -158,10 +166,12 @@ class LocalSGDStrategy(DDPStrategy):
         assert isinstance(self.model, LightningModule)
         if self._header is None:
             self._header = Header(self.global_rank, self.world_size, self._timeout)
+        optimizers = Optimizers(self.model, getattr(self.precision_plugin, "scaler", None))
         self._worker = Worker(
             self._header,
             clock=Clock(self.schedule, self.world_size, self._resumed),
-            replica=Replica(self.model),
+            replica=Replica(self.model, skip_frozen=self.mean.frozen == "skip", iterates=optimizers.iterates),
+            optimizers=optimizers,
             mean=self.mean,
             device=self.root_device,
             act=self._act_on_signals,
@@ -321,12 +331,9 @@ class LocalSGDStrategy(DDPStrategy):
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        if not self.worker.alone:
-            # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in
-            # their `on_train_end`, after the last average.
-            digests = self.worker.ask(Want.LEAVE, self.worker.replica.digest()).detail
-            if digests > 1:
-                self.worker.average_all()
+        # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in their
+        # `on_train_end`, after the last average.
+        self.worker.leave()
         self._running = False
 
     # ------------------------------------------------------------------------------------------ consensus, checkpoints
