@@ -9,7 +9,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,10 +187,12 @@ class Keeper:
     Args:
         header: how the ranks hear of each other.
         first_of_host: whether this rank is the one that clears up on its host.
-        part: returns this worker's part.
+        part: gives this worker's part.
     """
 
-    def __init__(self, header: Header, first_of_host: bool, part: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, header: Header, first_of_host: bool, part: Callable[[], AbstractContextManager[dict[str, Any]]]
+    ) -> None:
         self._header = header
         self._first_of_host = first_of_host
         self._part = part
@@ -212,7 +214,7 @@ class Keeper:
         sees_it = is_source or _exists(order.path)
         if order.saves:
             if (parts := order.parts) is not None:
-                self._try(lambda: parts.write(self._header.rank, self._part()))
+                self._try(partial(self._write_part, parts))
             self._try(lambda: self._write(order, wish, io) if is_source else None)
         else:
             self._try(lambda: _later(io, lambda: self._remove(order, io)) if is_source else None)
@@ -234,6 +236,10 @@ class Keeper:
         except Exception as this:
             error = this
         self._header.agree(error)
+
+    def _write_part(self, parts: Parts) -> None:
+        with self._part() as part:
+            parts.write(self._header.rank, part)
 
     def _write(self, order: _Order, wish: Save | Remove | None, io: CheckpointIO) -> None:
         assert isinstance(wish, Save)

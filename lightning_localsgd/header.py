@@ -12,10 +12,12 @@ from dataclasses import astuple, dataclass
 from datetime import timedelta
 from enum import IntEnum
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class Want(IntEnum):
@@ -48,7 +50,8 @@ class Want(IntEnum):
     @property
     def offers_replica(self) -> bool:
         """Whether a rank that wants this may be asked to take part in a mean."""
-        return self.waits or self in (Want.CONSENSUS, Want.VALIDATE, Want.ROUND)
+        others = (Want.CONSENSUS, Want.MOMENTS, Want.VALIDATE, Want.ALL_GATHER, Want.ROUND, Want.SIGNAL)
+        return self.waits or self in others
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Message:
         step: its step.
         signals: the signals it has received, one bit each.
         layout: a number for the layout of its replica, or 0 if it does not offer one.
+        frozen: a digest of the part of its replica that is not sent, or 0.
+        bad: the place of the first tensor of its replica that is not finite, from 1; 0 if it is finite.
+        loss_scale: a number for the loss scale of its GradScaler, the smaller the smaller; 0 if it has none.
     """
 
     want: Want
@@ -72,6 +78,9 @@ class Message:
     step: int = 0
     signals: int = 0
     layout: int = 0
+    frozen: int = 0
+    bad: int = 0
+    loss_scale: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,9 @@ class Decision:
         weights: for each rank whether its replica counts in a mean; all 0 if all replicas are equal.
         step: the largest step of all ranks.
         signals: the signals that any rank has received.
+        bad: for each rank the place of the first tensor that is not finite, from 1, or 0.
+        loss_scales: for each rank a number for its loss scale, or 0.
+        left_out: the ranks whose weight has been set to 0 because they are not finite.
     """
 
     want: Want
@@ -95,11 +107,29 @@ class Decision:
     weights: tuple[int, ...]
     step: int
     signals: int
+    bad: tuple[int, ...] = ()
+    loss_scales: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
 
     @property
     def unanimous(self) -> bool:
         """Whether all ranks asked for this."""
         return len(self.askers) == self.size
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether the replicas that count are averaged now."""
+        if self.want in (Want.VALIDATE, Want.OVER, Want.LEAVE):
+            return self.unanimous
+        return self.want in (Want.CONSENSUS, Want.ROUND)
+
+
+class ReplicasDiffer(Exception):  # noqa: N818 - a finding of all ranks, from which each makes the same error
+    """Two ranks offer replicas that cannot be averaged: of another layout, or with other frozen parameters."""
+
+    def __init__(self, one: int, odd: int) -> None:
+        super().__init__(one, odd)
+        self.one, self.odd = one, odd
 
 
 def decide(messages: Sequence[Message]) -> Decision:
@@ -107,6 +137,7 @@ def decide(messages: Sequence[Message]) -> Decision:
 
     Raises:
         RuntimeError: on every rank alike, if what one rank wants cannot be had because of where another one is.
+        ReplicasDiffer: on every rank alike, if two replicas cannot be averaged.
     """
     want = min(message.want for message in messages)
     asked = [rank for rank, message in enumerate(messages) if message.want == want]
@@ -125,24 +156,28 @@ def decide(messages: Sequence[Message]) -> Decision:
     if want is Want.ENDED and others:
         raise RuntimeError(_why_not(messages, want))
 
-    layouts = {rank: message.layout for rank, message in enumerate(messages) if message.layout}
-    if len(set(layouts.values())) > 1:
-        one = min(layouts)
-        odd = next(rank for rank, layout in layouts.items() if layout != layouts[one])
-        raise RuntimeError(
-            f"All workers must train the same model, and the parameters and buffers of rank {odd} differ from those "
-            f"of rank {one} in name, dtype, shape or memory format."
-        )
+    offers = {rank: (message.layout, message.frozen) for rank, message in enumerate(messages) if message.layout}
+    if len(set(offers.values())) > 1:
+        one = min(offers)
+        raise ReplicasDiffer(one, next(rank for rank, offer in offers.items() if offer != offers[one]))
 
-    stepped = tuple(message.stepped for message in messages)
+    weights = tuple(message.stepped for message in messages)
+    if not any(weights):
+        weights = tuple(message.touched for message in messages)
+    detail = messages[asked[0]].detail
+    if want is Want.LEAVE:
+        detail = len({message.detail for message in messages})
+        weights = (int(detail > 1),) * len(messages)
     return Decision(
         want=served,
         askers=tuple(asked),
         size=len(messages),
-        detail=messages[asked[0]].detail if want is not Want.LEAVE else len({message.detail for message in messages}),
-        weights=stepped if any(stepped) else tuple(message.touched for message in messages),
+        detail=detail,
+        weights=weights,
         step=max(message.step for message in messages),
         signals=reduce(operator.or_, (message.signals for message in messages)),
+        bad=tuple(message.bad for message in messages),
+        loss_scales=tuple(message.loss_scale for message in messages),
     )
 
 
@@ -179,11 +214,12 @@ class Header:
             dist.broadcast_object_list(box, source, group=self._group)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks."""
-        values = [value] * self.size
-        if self._group is not None:
-            dist.all_gather_object(values, value, group=self._group)
+    def gather(self, value: T) -> list[T]:
+        """Return the ``value`` of each rank, of any size; only where all ranks know that all call it."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
     def agree(self, error: Exception | None) -> None:

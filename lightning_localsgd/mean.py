@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,30 +25,52 @@ class Mean:
     Args:
         bucket_mb: the most memory that an average uses beside the model, in MiB (2^20 bytes); above 0. Tensors are
             sent in buckets of this size.
+        nonfinite: what is done with a worker whose replica has a NaN or an infinite element when a mean is due, be it
+            for the end of a round, validation or a checkpoint. ``"raise"``: all workers stop with one error that
+            names it. ``"exclude"``: its weight is 0, and at the end of the round it restarts from the mean of the
+            others with an empty optimizer state; a warning counts it. If no worker is left, all stop. Every parameter
+            that requires grad counts; a buffer or a frozen parameter counts once it has been finite at the start of
+            the fit or at an average, so that a mask of -inf is no fault.
+        frozen: ``"send"``: all parameters are averaged. ``"skip"``: a parameter with ``requires_grad=False`` from one
+            average to the next is not sent. All workers have it from the first model that rank 0 sends; a digest in
+            the header tells if it has changed on one of them, and then all stop with an error that names it.
 
     Raises:
-        ValueError: if ``bucket_mb`` is not a number above 0.
+        ValueError: if ``bucket_mb`` is not a number above 0, or another argument is none of its two words.
 
     Example:
         >>> Mean(bucket_mb=25)
-        Mean(bucket_mb=25)
+        Mean(bucket_mb=25, nonfinite='raise', frozen='send')
     """
 
     bucket_mb: float = 64
+    _: KW_ONLY
+    nonfinite: Literal["raise", "exclude"] = "raise"
+    frozen: Literal["send", "skip"] = "send"
 
     def __post_init__(self) -> None:
         number = isinstance(self.bucket_mb, int | float) and not isinstance(self.bucket_mb, bool)
         if not (number and 0 < self.bucket_mb < math.inf):
             raise ValueError(f"`bucket_mb` must be a number of MiB above 0, got {self.bucket_mb!r}.")
+        if self.nonfinite not in ("raise", "exclude"):
+            raise ValueError(f"`nonfinite` must be 'raise' or 'exclude', got {self.nonfinite!r}.")
+        if self.frozen not in ("send", "skip"):
+            raise ValueError(f"`frozen` must be 'send' or 'skip', got {self.frozen!r}.")
 
-    def average(self, tensors: Sequence[Tensor], weights: Sequence[int], rank: int, write: bool = True) -> None:
+    def average(
+        self, tensors: Sequence[Tensor], weights: Sequence[int], rank: int, write: bool = True, modest: bool = False
+    ) -> None:
         """Replace ``tensors`` by their mean over workers, in place.
+
+        Finite tensors are not examined again as a mean: N shares, each about x / N, add up to the largest x and N of
+        its units at most, which overflows only within that of the largest float; the next average would see it.
 
         Args:
             tensors: one-dimensional views, of the same sizes and dtypes on every rank.
             weights: for each rank 1 if it counts or 0 if not, equal on all ranks; at least one is 1.
             rank: this process's place in ``weights``.
             write: whether the mean is written back; without, this rank only contributes.
+            modest: whether the square of every element here is known to be finite.
         """
         count, index = sum(weights), sum(weights[:rank])
 
@@ -57,7 +79,7 @@ class Mean:
                 if not weights[rank]:
                     bucket.fill_(-0.0)  # 0 times its values would be NaN for a NaN; -0 leaves every other sum as it is
                 elif count > 1:
-                    share(bucket, count, index)
+                    share(bucket, count, index, modest)
                 dist.all_reduce(bucket)
             else:
                 dist.all_reduce(bucket, dist.ReduceOp.MAX)
@@ -121,7 +143,7 @@ def pack(sizes: Sequence[int], capacity: int) -> Iterator[list[Cut]]:
         yield bucket
 
 
-def share(x: Tensor, count: int, index: int) -> None:
+def share(x: Tensor, count: int, index: int, modest: bool = False) -> None:
     r"""Replace ``x`` by this worker's share of it, about x / count, in place.
 
     The shares of ``count`` equal numbers sum to that number exactly, in any order of summation, so what is equal on
@@ -137,11 +159,11 @@ def share(x: Tensor, count: int, index: int) -> None:
         x: one-dimensional float32 or float64.
         count: number of shares N, at least 1.
         index: which share this is, 0 to N - 1.
+        modest: whether the square of every element is known to be finite, which saves a look at them.
     """
     huge = torch.finfo(x.dtype).max / 4  # from here on sums in `_share` could overflow
     for part in torch.split(x, _CHUNK):
-        low, high = part.aminmax()
-        if -huge < low and high < huge:
+        if modest or all(-huge < end < huge for end in part.aminmax()):
             part.copy_(_share(part, count, index))
         else:
             shares = torch.where(part.abs() < huge, _share(part, count, index), _share(part / 8, count, index) * 8)

@@ -16,7 +16,7 @@ _Entry = tuple[int, str, tuple[int, ...], str]  # parameter, key, shape, dtype
 def mean_state(
     state: dict[str, Any], mean: Mean, header: Header, *, reader: int, device: torch.device
 ) -> dict[str, Any]:
-    r"""Return an optimizer's state dict with the mean of its tensors over the workers that have them.
+    r"""Return an optimizer's state dict with the mean of its tensors over the workers where they are finite.
 
     .. math:: \bar{m} = \frac{1}{|W_m|} \sum_{i \in W_m} m_i
 
@@ -32,14 +32,16 @@ def mean_state(
         device: where tensors must be to travel.
     """
     own = _entries(state)
-    digests = header.gather(zlib.crc32(repr(list(own)).encode()))
-    lists: list[list[_Entry]] = header.gather(list(own)) if len(set(digests)) > 1 else [list(own)] * len(digests)
-    having = [set(entries) for entries in lists]
+    finite = [bool(tensor.isfinite().all()) for tensor in own.values()]
+    mine = (list(own), finite)
+    digests = header.gather(zlib.crc32(repr(mine).encode()))
+    said = header.gather(mine) if len(set(digests)) > 1 else [mine] * len(digests)
+    having = [{entry for entry, good in zip(*one, strict=True) if good} for one in said]
     owners: dict[tuple[int, ...], list[_Entry]] = {}
-    for entry in lists[reader]:
+    for entry in said[reader][0]:
         owners.setdefault(tuple(int(entry in entries) for entries in having), []).append(entry)
 
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in state["state"].items()}
+    result = {key: dict(value) for key, value in state["state"].items()}
     for weights, entries in sorted(owners.items()):
         tensors = []
         for entry in entries:
@@ -50,7 +52,8 @@ def mean_state(
             else:
                 tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
             tensors.append(tensor.view(-1))
-        mean.average(tensors, weights, header.rank)
+        if any(weights):
+            mean.average(tensors, weights, header.rank)
     return state | {"state": result}
 
 

@@ -2,13 +2,33 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterator
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_localsgd.finite import Finding, Finiteness
+
+Named = Iterable[tuple[str, Tensor]]
+_INTEGERS = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+)  # fmt: skip
+
+
+class Line(NamedTuple):
+    """What two replicas must have in common in one of their tensors."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[tuple[int, int], ...]  # and the sizes that they belong to, where these are not 1
+    sent: bool
+    digest: int = 0  # of the values, if they are not sent
 
 
 class Replica:
@@ -19,41 +39,91 @@ class Replica:
 
     Args:
         module: a module whose tensors are dense (strided).
+        skip_frozen: whether parameters that are frozen from one average to the next are not sent.
+        iterates: names and returns further tensors that belong to the model, as schedule-free optimizers have them.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, *, skip_frozen: bool = False, iterates: Callable[[], Named] = lambda: ()
+    ) -> None:
         self._module = module
+        self._skip_frozen = skip_frozen
+        self._iterates = iterates
+        self._resting: set[str] = set()  # parameters that were frozen when this round began
+        self._frozen_digest: tuple[list[tuple[str, int, int]], int] = [], 0  # of which tensors, and what it is
+        self._finiteness = Finiteness()
+
+    def begin_round(self) -> None:
+        """Take note of which parameters are frozen now that all replicas are equal."""
+        if self._skip_frozen:
+            self._resting = {name for name, tensor in self._module.named_parameters() if not tensor.requires_grad}
 
     def tensors(self) -> list[Tensor]:
         """Return views (one-dimensional each) that together cover every parameter and buffer once."""
         return [piece for _, tensor in self._named() for piece in _pieces(tensor)]
 
+    def sent(self) -> list[Tensor]:
+        """Return the same views for the tensors that an average sends: all, but for what is frozen and skipped."""
+        return [piece for name, tensor in self._named() if not self._rests(name, tensor) for piece in _pieces(tensor)]
+
     def buffers(self) -> list[Tensor]:
         """Return the same views for the buffers alone."""
         return [piece for buffer in self._module.buffers() for piece in _pieces(buffer)]
 
+    def lines(self) -> list[Line]:
+        """Describe each tensor; replicas can be averaged if their lines are equal.
+
+        Raises:
+            ValueError: if there is a tensor that has no mean.
+        """
+        lines = []
+        for name, tensor in self._named():
+            problem = _problem(tensor)
+            if problem:
+                raise ValueError(f"Only dense tensors of numbers can be averaged, and `{name}` {problem}.")
+            strides = tuple((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
+            lines.append(Line(name, str(tensor.dtype), tuple(tensor.shape), strides, not self._rests(name, tensor)))
+        return lines
+
     def layout(self) -> int:
-        """Return a number that two replicas share if their tensors have equal names, dtypes, shapes and strides."""
-        lines = [
-            (name, str(tensor.dtype), [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1])
-            for name, tensor in self._named()
+        """Return a number that two replicas share if their lines are equal."""
+        return zlib.crc32(repr([tuple(line) for line in self.lines()]).encode())
+
+    def frozen_digest(self) -> int:
+        """Return a digest of what is not sent, or 0; it is made anew when one of these tensors has been written to."""
+        resting = {name: tensor for name, tensor in self._named() if self._rests(name, tensor)}
+        key = [(name, tensor.data_ptr(), tensor._version) for name, tensor in resting.items()]
+        if key != self._frozen_digest[0]:
+            self._frozen_digest = key, _digest(resting.values())
+        return self._frozen_digest[1]
+
+    def describe(self) -> list[Line]:
+        """Return the lines with the digests of the tensors that are not sent."""
+        tensors = [tensor for _, tensor in self._named()]
+        return [
+            line if line.sent else line._replace(digest=_digest([tensor]))
+            for line, tensor in zip(self.lines(), tensors, strict=True)
         ]
-        return zlib.crc32(repr(lines).encode())
 
     def digest(self) -> int:
         """Return a 63-bit hash of every bit of the replica: equal replicas have equal digests."""
-        hashed = hashlib.sha1(usedforsecurity=False)  # the fastest one at hand
-        for piece in self.tensors():
-            hashed.update(piece.cpu().view(torch.uint8).numpy().data)
-        return int.from_bytes(hashed.digest()[:8], "big") >> 1
+        return _digest(tensor for _, tensor in self._named())
 
-    def state(self, own: "Snapshot | None" = None) -> dict[str, Any]:
-        """Return the values, to :meth:`load` them into the same model elsewhere.
+    def examine(self) -> Finding:
+        """Look for elements that are not finite in what is sent."""
+        return self._finiteness.examine(
+            [(name, tensor) for name, tensor in self._named() if not self._rests(name, tensor)]
+        )
 
-        Args:
-            own: where the values are while the module holds other ones.
-        """
-        return {"layout": self.layout(), "tensors": self.tensors() if own is None else own.values()}
+    def name(self, place: int) -> str:
+        """Return the name of the tensor at this place, from 1, of those that :meth:`examine` looks at."""
+        sent = [line.name for line in self.lines() if line.sent]
+        return sent[place - 1]
+
+    def state(self) -> dict[str, Any]:
+        """Return the values in the module, to :meth:`load` them into the same one elsewhere."""
+        tensors = [piece for _, tensor in self._in_module() for piece in _pieces(tensor)]
+        return {"described": self._description(), "tensors": tensors, "resting": sorted(self._resting)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Write the values that :meth:`state` returned into the module.
@@ -61,26 +131,58 @@ class Replica:
         Raises:
             ValueError: if they are of another model.
         """
-        if state["layout"] != self.layout():
+        if state["described"] != self._description():
             raise ValueError(
                 "To resume exactly, the model must have the parameters and buffers that it had when it was saved, and "
                 'they differ in name, dtype, shape or memory format; `checkpoint="consensus"` goes on without.'
             )
+        tensors = [piece for _, tensor in self._in_module() for piece in _pieces(tensor)]
         with torch.no_grad():
-            torch._foreach_copy_(self.tensors(), state["tensors"])
+            torch._foreach_copy_(tensors, state["tensors"])
+        self._resting = set(state["resting"])
+
+    def _in_module(self) -> Named:
+        return chain(self._module.named_parameters(), self._module.named_buffers())
+
+    def _description(self) -> int:
+        lines = [(name, str(tensor.dtype), tensor.shape, tensor.stride()) for name, tensor in self._in_module()]
+        return zlib.crc32(repr(lines).encode())
 
     def snapshot(self) -> "Snapshot":
-        """Return a copy to :meth:`Snapshot.restore` later."""
-        tensors = self.tensors()
+        """Return a copy of what is sent, to :meth:`Snapshot.restore` later."""
+        tensors = self.sent()
         return Snapshot(tensors, first_buffer=len(tensors) - len(self.buffers()))
 
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in chain(self._module.named_parameters(), self._module.named_buffers()):
-            if is_lazy(tensor):
-                raise ValueError(f"All parameters must have a shape before `fit`, and the lazy `{name}` has none yet.")
-            if tensor.layout != torch.strided:
-                raise ValueError(f"Only dense tensors can be averaged, and `{name}` has the layout {tensor.layout}.")
-            yield name, tensor
+    def _rests(self, name: str, tensor: Tensor) -> bool:
+        return name in self._resting and not tensor.requires_grad
+
+    def _named(self) -> Named:
+        return chain(self._module.named_parameters(), self._iterates(), self._module.named_buffers())
+
+
+def difference(one: list[Line], other: list[Line]) -> str:
+    """Say in what two replicas that were described differ first."""
+    for a, b in zip_longest(one, other):
+        if a == b:
+            continue
+        if a is None or b is None or a.name != b.name:
+            return f"there is {_what(b)} where the other has {_what(a)}"
+        if a[:3] != b[:3]:
+            return f"its {_what(b)} is {_what(a)} on the other"
+        if a.strides != b.strides:
+            return f"its `{b.name}` has another memory format (strides {_strides(b)} and {_strides(a)})"
+        if a.sent != b.sent:
+            return f"its `{b.name}` is {'not ' * b.sent}frozen, unlike the other's, with `Mean(frozen='skip')`"
+        return f"its frozen `{b.name}` has other values, and `Mean(frozen='skip')` does not send it"
+    return "in nothing that can be named"
+
+
+def _what(line: Line | None) -> str:
+    return f"`{line.name}` ({line.dtype} of shape {line.shape})" if line is not None else "nothing more"
+
+
+def _strides(line: Line) -> tuple[int, ...]:
+    return tuple(stride for _, stride in line.strides)
 
 
 class Snapshot:
@@ -99,10 +201,20 @@ class Snapshot:
         """Take note that the values now in the module are ours: later writes are the user's."""
         self._versions = [tensor._version for tensor in self._tensors]
 
-    def values(self) -> list[Tensor]:
-        """Return the values that :meth:`restore` would leave in the module."""
-        kept = set(self._mine())
-        return [self._values[i] if i in kept else tensor for i, tensor in enumerate(self._tensors)]
+    @contextmanager
+    def back_for_a_while(self) -> Generator[None, None, None]:
+        """Within it the values are back, after it the other ones again."""
+        mine = self._mine()
+        tensors, here = [self._tensors[i] for i in mine], [self._tensors[i].clone() for i in mine]
+        self.restore()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, here)
+            if self._versions is not None:
+                for i in mine:
+                    self._versions[i] = self._tensors[i]._version
 
     def restore(self) -> None:
         """Put the values back, but for buffers that were written since :meth:`mark`."""
@@ -116,6 +228,32 @@ class Snapshot:
             for i, tensor in enumerate(self._tensors)
             if i < self._first_buffer or self._versions is None or tensor._version == self._versions[i]
         ]
+
+
+def _problem(tensor: Tensor) -> str | None:
+    """Return why this tensor cannot be averaged, if it cannot."""
+    if is_lazy(tensor):
+        return (
+            "has no shape yet: it is lazy; run the module on one batch before `fit`, for example at the end of "
+            "`configure_model`"
+        )
+    if tensor.is_meta:
+        return "has no memory: it is on the meta device; make it in `configure_model`, or call `to_empty` and fill it"
+    if tensor.layout != torch.strided:
+        return f"has the layout {tensor.layout}; keep it as a plain attribute of the module, or call `to_dense`"
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype in _INTEGERS):
+        return f"has the dtype {tensor.dtype}; keep it as a plain attribute, or quantize after the training"
+    if is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__}, which is not memory of its own; sharded models are not supported"
+    return None
+
+
+def _digest(tensors: Iterable[Tensor]) -> int:
+    hashed = hashlib.sha1(usedforsecurity=False)  # the fastest one at hand
+    for tensor in tensors:
+        for piece in _pieces(tensor):
+            hashed.update(piece.cpu().view(torch.uint8).numpy().data)
+    return int.from_bytes(hashed.digest()[:8], "big") >> 1
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

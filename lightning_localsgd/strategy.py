@@ -39,6 +39,7 @@ from lightning_localsgd.collectives import MetricSync, StepWarning
 from lightning_localsgd.header import Header, Want
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import load_as_it_was, mean_state
+from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit
 from lightning_localsgd.schedule import Clock, Every, Schedule
@@ -125,6 +126,11 @@ class LocalSGD(_Base):
             **_ddp_options(),
         )
         self.schedule = period if isinstance(period, Schedule) else Every(period)
+        if self.schedule == Every(1) and (mean.nonfinite, mean.frozen) != ("raise", "send"):
+            raise ValueError(
+                "With a `period` of 1 gradients are averaged, as DDP does, and `nonfinite` and `frozen` of `Mean` have "
+                f"no effect: leave them at their defaults, got {mean!r}."
+            )
         self.mean = mean
         self._exact = checkpoint == "exact"
         self._header: Header | None = None
@@ -164,7 +170,9 @@ class LocalSGD(_Base):
                 raise ValueError(
                     f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
                 )
+        Replica(self.lightning_module).lines()  # raises if there is a tensor that has no mean
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
+        self.worker.optimizers.attach(lambda: self.optimizers, may_reset=self.mean.nonfinite == "exclude")
         if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(
                 "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
@@ -191,14 +199,15 @@ class LocalSGD(_Base):
         assert module is not None
         header = self._talk()
         self._keeper = Keeper(header, self.local_rank == 0, self._own_part)
+        optimizers = Optimizers(module, getattr(self.precision_plugin, "scaler", None))
         self._worker = Worker(
             header,
             clock=Clock(self.schedule, self.world_size, self._resumed),
-            replica=Replica(module),
+            replica=Replica(module, skip_frozen=self.mean.frozen == "skip", iterates=optimizers.iterates),
+            optimizers=optimizers,
             mean=self.mean,
             device=self.root_device,
             act=self._act_on_signals,
-            optimizers=lambda: self.optimizers,
             files=self._serve_files,
         )
         self._automatic = module.automatic_optimization
@@ -372,7 +381,7 @@ class LocalSGD(_Base):
     def ends_untrained(self) -> None:
         if self._part is not None:  # own replicas, which no round will end
             self.ends_fit()
-            self._agree_at_the_end()
+            self.worker.leave()
 
     def has_data_somewhere(self, here: bool) -> bool:
         return self.reduce_boolean_decision(here, all=False)
@@ -386,16 +395,10 @@ class LocalSGD(_Base):
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        self._agree_at_the_end()
+        # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in their
+        # `on_train_end`, after the last average.
+        self.worker.leave()
         self._running = False
-
-    def _agree_at_the_end(self) -> None:
-        if not self.worker.alone:
-            # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in
-            # their `on_train_end`, after the last average.
-            digests = self.worker.ask(Want.LEAVE, self.worker.replica.digest()).detail
-            if digests > 1:
-                self.worker.average_all()
 
     # ------------------------------------------------------------------------------------------ consensus, checkpoints
 
@@ -494,13 +497,15 @@ class LocalSGD(_Base):
         backend = self._process_group_backend if self.world_size > 1 else None
         return {"workers": self.world_size, "bucket_mb": self.mean.bucket_mb, "backend": backend}
 
-    def _own_part(self) -> dict[str, Any]:
+    @contextmanager
+    def _own_part(self) -> Generator[dict[str, Any], None, None]:
         assert self._fit is not None
-        return {
-            "worker": self.worker.state(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "fit": self._fit.state(),
-        }
+        with self.worker.state() as state:
+            yield {
+                "worker": state,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "fit": self._fit.state(),
+            }
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self._trainer.state.fn != TrainerFn.FITTING:

@@ -1,7 +1,9 @@
 """WHO takes part: one worker of a run, which counts its steps and does its share of what all ranks decide."""
 
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_localsgd.collectives import Collectives
-from lightning_localsgd.header import Decision, Header, Message, Want
+from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import mean_state
-from lightning_localsgd.replica import Replica, Snapshot
+from lightning_localsgd.optimizers import Optimizers
+from lightning_localsgd.replica import Replica, Snapshot, difference
 from lightning_localsgd.schedule import Clock
 
 
@@ -23,10 +26,10 @@ class Worker:
         header: how this rank tells the others what it wants.
         clock: counts steps and rounds.
         replica: this worker's model.
+        optimizers: what trains it.
         mean: how models are averaged.
         device: where tensors must be to travel.
         act: does what signals ask for, on all ranks at once.
-        optimizers: returns the optimizers, whose moments others may want to see.
         files: does this worker's part in writing or removing a checkpoint that others asked for.
     """
 
@@ -36,20 +39,20 @@ class Worker:
         *,
         clock: Clock,
         replica: Replica,
+        optimizers: Optimizers,
         mean: Mean,
         device: torch.device,
         act: Callable[[int], None],
-        optimizers: Callable[[], Sequence[Optimizer]],
         files: Callable[[int], None],
     ) -> None:
         self._header = header
         self.clock = clock
         self.replica = replica
+        self.optimizers = optimizers
         self.mean = mean
         self.collectives = Collectives(self.ask, device)
         self._device = device
         self._act = act
-        self._optimizers = optimizers
         self._files = files
         # Since the last average: has this worker taken a step, has it run a training step (which may change buffers)?
         self.stepped = self.touched = False
@@ -58,6 +61,8 @@ class Worker:
         self._own: Snapshot | None = None  # inside a consensus, unless it is because all replicas are equal
         self.signals = 0  # received by this process
         self.known_signals = 0  # received by any, as all know
+        self._modest = False  # whether the replica has no large elements, as the last header's look has shown
+        self._restarts: Counter[int] = Counter()  # of each rank, because it was not finite
 
     @property
     def alone(self) -> bool:
@@ -70,42 +75,53 @@ class Worker:
         """Start from rank 0's model, or from where this worker was.
 
         Args:
-            state: what :meth:`state` returned, on all ranks or on none.
+            state: what :meth:`state` gave, on all ranks or on none.
 
         Raises:
             RuntimeError: on all ranks, if their models differ in more than their values.
             ValueError: if ``state`` is of another model.
         """
-        self._exchange(Want.EPOCH)
+        self._exchange(self._message(Want.EPOCH))
         if state is not None:
             self.stepped, self.touched, self.validation_is_due = map(bool, state["flags"])
             self.replica.load(state["replica"])
         elif not self.alone:
             self.mean.broadcast(self.replica.tensors())
+        if state is None:
+            self.replica.begin_round()
+        self.replica.examine()  # remembers which buffers are finite
 
-    def state(self) -> dict[str, Any]:
-        """Return where this worker is: its clock, what it has done since the last average, and its own replica."""
-        return {
-            "clock": self.clock.state_dict(),
-            "flags": [self.stepped, self.touched, self.validation_is_due],
-            "replica": self.replica.state(self._own),
-        }
+    @contextmanager
+    def state(self) -> Generator[dict[str, Any], None, None]:
+        """Give where this worker is: its clock, what it has done since the last average, and its own replica.
+
+        Within the context the module and the optimizers hold this worker's own values, also inside a consensus.
+        """
+        with nullcontext() if self._own is None else self._own.back_for_a_while():
+            yield {
+                "clock": self.clock.state_dict(),
+                "flags": [self.stepped, self.touched, self.validation_is_due],
+                "replica": self.replica.state(),
+            }
 
     def ask(self, want: Want, detail: int = 0) -> Decision:
         """Send headers, and take part in what the others want, until this worker's own want is served."""
+        message = self._message(want, detail)
         while True:
-            decision = self._exchange(want, detail)
+            decision = self._exchange(message)
             asked = self._header.rank in decision.askers
             if decision.want is Want.ROUND or (decision.want is Want.OVER and decision.unanimous):
                 self._end_round(decision)
+                message = self._message(want, detail)
             elif decision.want is Want.VALIDATE and not decision.unanimous:
                 self._put_off_validation(decision)
             elif decision.want is Want.SIGNAL:
                 self.act_on_signals()
+                message = self._message(want, detail)
             elif decision.want is Want.CONSENSUS and not asked:
                 self.average(decision.weights, write=False)
             elif decision.want is Want.MOMENTS and not asked:
-                self._mean_state(self._optimizers()[decision.detail].state_dict(), decision)
+                self._mean_state(self.optimizers.all()[decision.detail].state_dict(), decision)
             elif decision.want is Want.FILES and not asked:
                 self._files(decision.askers[0])
             elif not asked:
@@ -113,19 +129,54 @@ class Worker:
             if asked:
                 return decision
 
-    def _exchange(self, want: Want, detail: int = 0) -> Decision:
-        message = Message(
+    def _message(self, want: Want, detail: int = 0) -> Message:
+        """Say what this worker wants; its replica does not change while it waits for it."""
+        offers = want.offers_replica and not self.alone
+        counts = want.offers_replica and (self.stepped or self.touched or want is Want.LEAVE)
+        bad, self._modest = self.replica.examine() if counts else (0, False)
+        return Message(
             want,
             detail,
             stepped=int(self.stepped),
             touched=int(self.touched),
             step=self.clock.step,
-            signals=self.signals,
-            layout=self.replica.layout() if want.offers_replica and not self.alone else 0,
+            layout=self.replica.layout() if offers else 0,
+            frozen=self.replica.frozen_digest() if offers else 0,
+            bad=bad,
+            loss_scale=self.optimizers.loss_scale if offers else 0,
         )
-        decision = self._header.exchange(message)
+
+    def _exchange(self, message: Message) -> Decision:
+        try:
+            decision = self._header.exchange(replace(message, signals=self.signals))
+        except ReplicasDiffer as found:  # by all ranks
+            descriptions = self._header.gather(self.replica.describe())
+            one, odd = descriptions[found.one], descriptions[found.odd]
+            raise RuntimeError(
+                f"All workers must train the same model, and the parameters and buffers of rank {found.odd} differ "
+                f"from those of rank {found.one}: {difference(one, odd)}."
+            ) from None
         self.known_signals |= decision.signals
-        return decision
+        return self._without_nonfinite(decision) if decision.takes_mean else decision
+
+    def _without_nonfinite(self, decision: Decision) -> Decision:
+        """Take their weight from replicas that are not finite.
+
+        Raises:
+            RuntimeError: on all ranks, if a mean of the others is not wanted, or there are no others.
+        """
+        counted = [rank for rank, weight in enumerate(decision.weights) if weight]
+        bad = [rank for rank in counted if decision.bad[rank]]
+        if bad and (self.mean.nonfinite == "raise" or bad == counted):
+            where = "; ".join(f"rank {rank}: `{self.replica.name(decision.bad[rank])}`" for rank in bad)
+            remedy = "" if bad == counted else ", or `Mean(nonfinite='exclude')` to go on with the other workers"
+            raise RuntimeError(
+                f"A mean at step {decision.step} needs finite replicas, but these workers have a NaN or an infinite "
+                f"value (in each the first such tensor): {where}. Nothing has been averaged. Try a lower learning rate "
+                f"or gradient clipping{remedy}."
+            )
+        weights = tuple(int(weight and rank not in bad) for rank, weight in enumerate(decision.weights))
+        return replace(decision, weights=weights, left_out=tuple(bad))
 
     def act_on_signals(self) -> None:
         """Do what the signals ask for that all ranks know of."""
@@ -155,17 +206,36 @@ class Worker:
     def _end_round(self, decision: Decision) -> None:
         if any(decision.weights):
             self.average(decision.weights)
+            self._restart_nonfinite(decision)
+            scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
+            if min(scales):
+                self.optimizers.loss_scale = min(scales)
             self.stepped = self.touched = False
+            self.replica.begin_round()
             self.clock.next_round(decision.step)
+
+    def _restart_nonfinite(self, decision: Decision) -> None:
+        for rank in decision.left_out:
+            self._restarts[rank] += 1
+            rank_zero_warn(
+                f"Rank {rank} was left out of the average at step {decision.step}, because its "
+                f"`{self.replica.name(decision.bad[rank])}` has a NaN or an infinite value, and restarts from the mean "
+                f"of the others with a new optimizer state: restart {self._restarts[rank]} of this rank."
+            )
+            if rank == self._header.rank:
+                self.optimizers.reset()
 
     def average(self, weights: Sequence[int], write: bool = True) -> None:
         """Average the replicas that count; without ``write``, only contribute."""
         if any(weights) and not self.alone:
-            self.mean.average(self.replica.tensors(), weights, self._header.rank, write)
+            self.mean.average(self.replica.sent(), weights, self._header.rank, write, self._modest)
 
-    def average_all(self) -> None:
-        """Average the replicas of all workers, whether they have stepped or not."""
-        self.average([1] * self._header.size)
+    def leave(self) -> None:
+        """Say the last word of the fit, and average once more if the replicas are no longer equal."""
+        if not self.alone:
+            weights = self.ask(Want.LEAVE, self.replica.digest()).weights
+            if any(weights):  # frozen parameters too
+                self.mean.average(self.replica.tensors(), weights, self._header.rank)
 
     def average_buffers(self) -> None:
         """Average the buffers of all workers, which their forward passes have changed, without a header."""
@@ -184,7 +254,7 @@ class Worker:
         """Return the state dict ``state`` of one of the optimizers with the mean of its moments over all workers."""
         if self.alone or not self.clock.averages_models:
             return state
-        index = next(i for i, other in enumerate(self._optimizers()) if other is optimizer)
+        index = next(i for i, other in enumerate(self.optimizers.all()) if other is optimizer)
         return self._mean_state(state, self.ask(Want.MOMENTS, detail=index))
 
     def _mean_state(self, state: dict[str, Any], decision: Decision) -> dict[str, Any]:

@@ -32,9 +32,14 @@ def pr_sgd(
     steps = [optimizer(x_i) for x_i in xs]
     for t in range(1, T + 1):
         for i in range(N):
-            steps[i].zero_grad()
-            F(xs[i], i, t).backward()
-            steps[i].step()
+
+            def closure(i: int = i, t: int = t) -> Tensor:
+                steps[i].zero_grad()
+                loss = F(xs[i], i, t)
+                loss.backward()
+                return loss
+
+            steps[i].step(closure)
         if t % I == 0 or t == T:
             average(xs)
         yield xs

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lightning_localsgd.header import Decision, Header, Message, Want, decide
+from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want, decide
 
 SERVED_FOR_SOME = [Want.BARRIER, Want.WRITE, Want.BROADCAST, Want.REDUCE, Want.GATHER, Want.CONSENSUS]
 # What a rank may want while another one is still in the same epoch.
@@ -76,16 +76,42 @@ def test_the_step_is_the_largest_and_signals_are_united():
     assert (decision.step, decision.signals) == (8, 3)
 
 
-def test_another_layout_is_refused_by_rank():
-    for layouts, odd, one in [((4, 0, 5), 2, 0), ((0, 4, 5), 2, 1), ((4, 4, 5), 2, 0)]:
-        with pytest.raises(RuntimeError, match=f"parameters and buffers of rank {odd} differ from those of rank {one}"):
-            wants(*(Message(Want.ROUND, layout=layout) for layout in layouts))
+@pytest.mark.parametrize("part", ["layout", "frozen"])
+def test_another_replica_is_refused_by_rank(part):
+    for numbers, odd, one in [((4, 0, 5), 2, 0), ((0, 4, 5), 2, 1), ((4, 4, 5), 2, 0)]:
+        messages = [
+            Message(Want.ROUND, **({"layout": number and 7} | {part: number}))  # 0: offers no replica
+            for number in numbers
+        ]
+        with pytest.raises(ReplicasDiffer) as found:
+            wants(*messages)
+        assert (found.value.one, found.value.odd) == (one, odd)
 
 
 def test_digests_are_counted_when_leaving():
-    assert wants(Message(Want.LEAVE, 11), Message(Want.LEAVE, 11)).detail == 1
-    assert wants(Message(Want.LEAVE, 11), Message(Want.LEAVE, 12)).detail == 2
+    alike, unlike = wants(Message(Want.LEAVE, 11), Message(Want.LEAVE, 11)), wants(Message(Want.LEAVE, 11), Want.LEAVE)
+    assert (alike.detail, alike.weights) == (1, (0, 0))
+    assert (unlike.detail, unlike.weights) == (2, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("messages", "takes_mean"),
+    [
+        ((Want.ROUND, Want.ENDED), True),
+        ((Want.CONSENSUS, Want.ENDED), True),
+        ((Want.VALIDATE, Want.VALIDATE), True),
+        ((Want.VALIDATE, Want.ENDED), False),
+        ((Want.OVER, Want.OVER), True),
+        ((Want.OVER, Want.EPOCH), False),
+        ((Want.LEAVE, Want.LEAVE), True),
+        ((Want.BARRIER, Want.ROUND), False),
+    ],
+)
+def test_when_a_mean_is_taken(messages, takes_mean):
+    assert wants(*messages).takes_mean == takes_mean
 
 
 def test_one_worker_decides_for_itself():
-    assert Header(0, 1).exchange(Message(Want.ROUND, stepped=1, step=3)) == Decision(Want.ROUND, (0,), 1, 0, (1,), 3, 0)
+    assert Header(0, 1).exchange(Message(Want.ROUND, stepped=1, step=3)) == Decision(
+        Want.ROUND, (0,), 1, 0, (1,), 3, 0, bad=(0,), loss_scales=(0,)
+    )

@@ -75,16 +75,3 @@ def test_digests_differ_with_one_bit():
     assert Replica(module).digest() == before
     module.frozen.data[0] = torch.nextafter(module.frozen[0], torch.tensor(torch.inf))
     assert Replica(module).digest() != before
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_lazy_parameters_are_refused_by_name():
-    with pytest.raises(ValueError, match="the lazy `weight` has none yet"):
-        Replica(nn.LazyLinear(3)).tensors()
-
-
-def test_sparse_tensors_are_refused_by_name():
-    module = nn.Module()
-    module.register_buffer("graph", torch.eye(3).to_sparse())
-    with pytest.raises(ValueError, match=r"`graph` has the layout torch\.sparse_coo"):
-        Replica(module).tensors()

@@ -1,0 +1,75 @@
+"""IS IT FINITE: which tensor of a replica, if any, must not go into a mean."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_NORMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes that torch takes a norm of
+
+
+class Finding(NamedTuple):
+    """What a look at a replica has found.
+
+    Args:
+        bad: the place of the first tensor that counts and is not finite, from 1; 0 if all that count are finite.
+        modest: whether every element is so small that even the sum of all squares is finite.
+    """
+
+    bad: int
+    modest: bool
+
+
+class Finiteness:
+    """Looks for NaN and infinite elements, in one pass through the memory.
+
+    A parameter that is trained counts always. A buffer or a frozen parameter counts once it has been finite: a mask
+    of -inf, a "lowest so far" of inf or a "not yet" of NaN, with which the module was made, is no fault. A tensor that
+    gets another shape is another tensor.
+    """
+
+    def __init__(self) -> None:
+        self._once_finite: set[tuple[str, torch.Size]] = set()
+
+    def examine(self, named: Iterable[tuple[str, Tensor]]) -> Finding:
+        """Examine these tensors, in their order; integers are finite."""
+        inexact = [
+            (place, name, tensor)
+            for place, (name, tensor) in enumerate(named, start=1)
+            if tensor.is_floating_point() or tensor.is_complex()
+        ]
+        values = [_real(tensor) for _, _, tensor in inexact]
+        bad, modest = 0, True
+        for (place, name, tensor), value, norm in zip(inexact, values, _norms(values), strict=True):
+            key = name, tensor.shape
+            if not math.isfinite(norm):
+                modest = False
+                if not all(math.isfinite(end) for end in torch.stack(value.aminmax()).tolist()):
+                    if not bad and (tensor.requires_grad or key in self._once_finite):
+                        bad = place
+                    continue
+            self._once_finite.add(key)
+        return Finding(bad, modest)
+
+
+@torch.no_grad()
+def _norms(values: Sequence[Tensor]) -> list[float]:
+    """Return the norm of each tensor, which is finite if the squares of its elements and their sum are."""
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, value in enumerate(values):
+        groups.setdefault((value.dtype, value.device), []).append(i)
+    norms = [0.0] * len(values)
+    for places in groups.values():  # one wait for the device in each
+        found = torch.stack(torch._foreach_norm([values[i] for i in places])).tolist()
+        for i, norm in zip(places, found, strict=True):
+            norms[i] = norm
+    return norms
+
+
+def _real(tensor: Tensor) -> Tensor:
+    value = tensor.detach()
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    return value if value.dtype in _NORMED else value.float()
