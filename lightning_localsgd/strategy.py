@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_localsgd import _lightning
+from lightning_localsgd import _callbacks, _lightning
 from lightning_localsgd.collectives import MetricSync, StepWarning
 from lightning_localsgd.header import Header, Want
 from lightning_localsgd.mean import Mean
@@ -109,6 +109,7 @@ class LocalSGDStrategy(DDPStrategy):
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
         self._resumed: dict[str, int] | None = None  # the clock of the checkpoint that a fit goes on from
         self._last_clock: dict[str, int] | None = None  # of the last fit, for a checkpoint that is saved after it
+        self._averages: list[_callbacks.Average] = []  # of the callbacks of the fit in progress
         self._undo = ExitStack()  # puts back what a fit has wrapped
 
     @property
@@ -125,6 +126,11 @@ class LocalSGDStrategy(DDPStrategy):
 
     # ------------------------------------------------------------------------------------------------ set up, tear down
 
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
+            self._averages = _callbacks.attach(self._trainer, self._undo)
+
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
@@ -135,7 +141,10 @@ class LocalSGDStrategy(DDPStrategy):
                 raise ValueError(
                     f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
                 )
+        copies = [average for average in self._averages if average.is_copy_of(self.lightning_module)]
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
+        for average in copies:
+            average.copy(self.lightning_module)
         if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(
                 "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
@@ -148,7 +157,7 @@ class LocalSGDStrategy(DDPStrategy):
                 "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
-        self._undo = _lightning.attach(trainer, self)
+        self._undo.enter_context(_lightning.attach(trainer, self))
         self._undo.callback(MetricSync(self._gather_metric).attach(self.lightning_module))
         for optimizer in self.optimizers:  # so that also a step past Lightning's optimizers counts
             self._undo.callback(optimizer.register_step_post_hook(self._note_step).remove)
@@ -172,6 +181,7 @@ class LocalSGDStrategy(DDPStrategy):
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
         self._warn_of_step = StepWarning()
         self._written: set[str] = set()  # checkpoints that this rank wrote because rank 0 was elsewhere
+        self._worker.at_consensus = self._at_consensus
         self._worker.start()
         self._unreduced = list(self.model.parameters())  # parameters whose gradients no reducer averages yet
 
@@ -179,7 +189,7 @@ class LocalSGDStrategy(DDPStrategy):
         self._undo.close()
         if self._worker is not None:
             self._last_clock = self._worker.clock.state_dict()
-        self._worker, self._running, self._resumed = None, False, None
+        self._worker, self._running, self._resumed, self._averages = None, False, None, []
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
         super().teardown()
@@ -201,6 +211,8 @@ class LocalSGDStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._running = True
+        for average in self._averages:
+            average.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -275,6 +287,10 @@ class LocalSGDStrategy(DDPStrategy):
         worker.end_step()
         if averaged_gradients and worker.clock.averages_models:
             self.model = self.lightning_module  # a reducer goes with its memory, and does not come back
+
+    def _at_consensus(self) -> None:
+        for average in self._averages:
+            average.follow()
 
     # What `_lightning.attach` calls at places that a strategy has no hook for.
 

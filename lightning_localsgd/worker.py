@@ -43,6 +43,7 @@ class Worker:
         self._act = act
         # Since the last average: has this worker taken a step, has it run a training step (which may change buffers)?
         self.stepped = self.touched = False
+        self.at_consensus: Callable[[], None] = lambda: None  # called when a round has ended and the next has begun
         self.validation_is_due = False  # put off to the end of the epoch
         self.inside_consensus = False
         self.holds_other_weights = False  # inside a consensus, and not only because all replicas are equal
@@ -128,6 +129,7 @@ class Worker:
             self.average(decision.weights)
             self.stepped = self.touched = False
             self.clock.next_round(decision.step)
+            self.at_consensus()
 
     def average(self, weights: Sequence[int], write: bool = True) -> None:
         """Average the replicas that count; without ``write``, only contribute."""
