@@ -164,13 +164,15 @@ def _attach_pruning(callback: ModelPruning, trainer: Any, undo: ExitStack) -> No
     def on_train_start(trainer: Any, module: Any) -> None:
         # What the lottery goes back to was copied from this rank's own first model, before all took rank 0's.
         layers = [layer["data"] for layer in (callback._original_layers or {}).values()]
-        for layer, state in zip(layers, trainer.strategy.broadcast([layer.state_dict() for layer in layers]), strict=True):
+        states = trainer.strategy.broadcast([layer.state_dict() for layer in layers])
+        for layer, state in zip(layers, states, strict=True):
             layer.load_state_dict(state)
         start(trainer, module)
 
     prune = wrap(undo, callback, "apply_pruning", apply_pruning)
     save = wrap(undo, callback, "on_save_checkpoint", on_save_checkpoint)
-    start = wrap(undo, callback, "on_train_start", on_train_start)
+    if callback._use_lottery_ticket_hypothesis:
+        start = wrap(undo, callback, "on_train_start", on_train_start)
 
 
 def _tensors(module: nn.Module) -> Any:

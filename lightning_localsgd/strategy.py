@@ -209,6 +209,11 @@ class LocalSGDStrategy(DDPStrategy):
     # -------------------------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
+        if self._running:
+            raise ValueError(
+                "A fit cannot run inside another one with `LocalSGDStrategy`; call `lr_find` before the training: "
+                "`Tuner(trainer).lr_find(model)`, or `LearningRateFinder()` as it is."
+            )
         super().on_train_start()
         self._running = True
         for average in self._averages:
@@ -235,6 +240,13 @@ class LocalSGDStrategy(DDPStrategy):
             if self._optimizer_stepped:
                 self._end_step()
         return output
+
+    def _restart(self) -> None:
+        """Set the clock back to a checkpoint's, and with it whether gradients are averaged."""
+        assert self.lightning_module is not None
+        self.worker.clock = Clock(self.schedule, self.world_size, self._resumed)
+        self.model = self.lightning_module
+        self._unreduced = list(self.model.parameters())
 
     def _reduce_gradients(self) -> None:
         """See that the gradients of all parameters are averaged: at the first step, and when some were unfrozen."""
@@ -412,6 +424,8 @@ class LocalSGDStrategy(DDPStrategy):
         checkpoint = super().load_checkpoint(*args, **kwargs)
         if self._trainer.state.fn == TrainerFn.FITTING:
             self._resumed = checkpoint.get(_KEY)
+            if self._worker is not None:  # the learning rate finder goes back to where it was
+                self._restart()
         return checkpoint
 
     # ------------------------------------------------------------------------------------------ Lightning's collectives

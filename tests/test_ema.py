@@ -1,7 +1,5 @@
 """An average kept by Lightning's `WeightAveraging` is one over the consensus, the same on every worker."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 from lightning.pytorch import callbacks
@@ -103,9 +101,7 @@ def test_it_equals_the_serial_algorithm(norm):
         x, y = batch(worker, step - 1)
         return ((model(x) - y) ** 2).mean()
 
-    models = pr_sgd(
-        network(norm=norm), 2, PERIOD, STEPS, lambda model: optimizer("momentum", model.parameters()), loss
-    )
+    models = pr_sgd(network(norm=norm), 2, PERIOD, STEPS, lambda model: optimizer("momentum", model.parameters()), loss)
     average, due = None, 0
     for step, (consensus, _) in enumerate(models, start=1):
         due += 1
@@ -196,8 +192,8 @@ def begin_with_ddp(folder):
 
 
 def test_it_goes_on_from_a_checkpoint_of_ddp(tmp_path):
-    # Updates after steps 1 and 3: a copy of -1.5, then halfway to -4.5. Resumed after step 4, the first round ends after
-    # step 7, with the updates of steps 5 and 7: -10.5 + 7.5 / 2^2.
+    # Updates after steps 1 and 3: a copy of -1.5, then halfway to -4.5. Resumed after step 4, the first round
+    # ends after step 7, with the updates of steps 5 and 7: -10.5 + 7.5 / 2^2.
     assert run_workers(begin_with_ddp, 2, str(tmp_path)) == [(-8.625, 4)] * 2
 
 
