@@ -180,6 +180,40 @@ def test_a_checkpoint_in_mid_round_keeps_the_average_and_the_consensus(tmp_path)
     assert saved["averaging_state"]["n_averaged"] == 4
 
 
+class Two(Constant):
+    """Two optimizers step in each batch, so that Lightning counts two steps where we count one."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for each in (first, second):
+            each.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        first.step()
+        second.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=rate) for rate in (1.0, 0.0)]
+
+
+def save_and_resume_two(folder):
+    from_seventh, keeps = ema(update_starting_at_step=6), Keeps()
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    run = trainer(2, 4, callbacks=[from_seventh, saver], max_steps=12, max_epochs=-1, enable_checkpointing=True)
+    run.fit(Two(), loader([8, 8]))
+    run = trainer(2, 4, callbacks=[ema(update_starting_at_step=6), keeps], max_steps=16, max_epochs=-1)
+    run.fit(Two(), loader([8, 8]), ckpt_path=f"{folder}/step=12.ckpt", weights_only=True)
+    return keeps.average["weight"].item(), keeps.updates
+
+
+def test_the_index_of_a_step_counts_as_rounds_do_and_survives_a_resume(tmp_path):
+    # Resumed after six steps (twelve for Lightning): the seventh and eighth update, by -12, the first of them a copy.
+    assert run_workers(save_and_resume_two, 2, str(tmp_path)) == [(-12, 2)] * 2
+
+
 def begin_with_ddp(folder):
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     halves = ema(update_every_n_steps=2)
