@@ -350,8 +350,8 @@ class LocalSGDStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         super().on_train_end()
         if not self.worker.alone:
-            # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in
-            # their `on_train_end`, after the last average.
+            # A callback that keeps an average of this worker's own weights writes it into the module in its
+            # `on_train_end`, after the last average.
             digests = self.worker.ask(Want.LEAVE, self.worker.replica.digest()).detail
             if digests > 1:
                 self.worker.average_all()

@@ -209,6 +209,7 @@ def save_and_resume_two(folder):
     return keeps.average["weight"].item(), keeps.updates
 
 
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 def test_the_index_of_a_step_counts_as_rounds_do_and_survives_a_resume(tmp_path):
     # Resumed after six steps (twelve for Lightning): the seventh and eighth update, by -12, the first of them a copy.
     assert run_workers(save_and_resume_two, 2, str(tmp_path)) == [(-12, 2)] * 2
