@@ -4,33 +4,30 @@ Between averages each worker's replica is its own, and so would be what such a c
 callbacks of one trainer are wrapped while it fits: never a class, always undone.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from itertools import chain
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, callbacks
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_localsgd._lightning import wrap
 from lightning_localsgd.replica import Replica
 
 _KEY = "lightning_localsgd"  # our entry in a callback's state
-_WeightAveraging: Any = getattr(callbacks, "WeightAveraging", ())  # since lightning 2.6
 
 
-def attach(trainer: Trainer, undo: ExitStack) -> "list[Average]":
+def attach(trainer: Any, undo: ExitStack) -> "list[Average]":
     """Wrap the callbacks of ``trainer``, before any state is loaded into them; closing ``undo`` undoes it."""
     averages = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _WeightAveraging):
+    for callback in trainer.callbacks:
+        if _is_a(callback, "WeightAveraging"):  # since lightning 2.6
             averages.append(Average(callback, trainer, undo))
-        elif isinstance(callback, StochasticWeightAveraging):
+        elif _is_a(callback, "StochasticWeightAveraging"):
             _attach_swa(callback, trainer, undo)
-        elif isinstance(callback, ModelPruning):
+        elif _is_a(callback, "ModelPruning"):
             _attach_pruning(callback, trainer, undo)
     return averages
 
@@ -59,9 +56,9 @@ class Average:
         self._trainer = trainer
         self._asked: int | None = None  # the steps for which it is settled whether they update the average
         self._before = 0  # what Lightning's count of steps is ahead of our clock
-        self._should_update = wrap(undo, callback, "should_update", self._answer)
-        self._state_dict = wrap(undo, callback, "state_dict", self._save)
-        self._load_state_dict = wrap(undo, callback, "load_state_dict", self._load)
+        self._should_update = _wrap(undo, callback, "should_update", self._answer)
+        self._state_dict = _wrap(undo, callback, "state_dict", self._save)
+        self._load_state_dict = _wrap(undo, callback, "load_state_dict", self._load)
 
     @property
     def _model(self) -> Any:
@@ -73,7 +70,7 @@ class Average:
 
     def is_copy_of(self, module: nn.Module) -> bool:
         """Whether the average is still a copy of the module, as it is before the first update."""
-        return Replica(self._model.module).digest() == Replica(module).digest()
+        return self._model is not None and Replica(self._model.module).digest() == Replica(module).digest()
 
     @torch.no_grad()
     def copy(self, module: nn.Module) -> None:
@@ -129,17 +126,17 @@ class Average:
         self._load_state_dict({key: value for key, value in state.items() if key != _KEY})
 
 
-def _attach_swa(callback: StochasticWeightAveraging, trainer: Any, undo: ExitStack) -> None:
+def _attach_swa(callback: Any, trainer: Any, undo: ExitStack) -> None:
     """Let it average the consensus at the start of an epoch."""
 
     def update_parameters(*args: Any, **kwargs: Any) -> None:
         with trainer.strategy.consensus():
             update(*args, **kwargs)
 
-    update = wrap(undo, callback, "update_parameters", update_parameters)
+    update = _wrap(undo, callback, "update_parameters", update_parameters)
 
 
-def _attach_pruning(callback: ModelPruning, trainer: Any, undo: ExitStack) -> None:
+def _attach_pruning(callback: Any, trainer: Any, undo: ExitStack) -> None:
     """Let it prune all workers' replicas alike, by the consensus, and save what is pruned of the consensus."""
 
     def apply_pruning(amount: int | float) -> None:
@@ -169,10 +166,27 @@ def _attach_pruning(callback: ModelPruning, trainer: Any, undo: ExitStack) -> No
             layer.load_state_dict(state)
         start(trainer, module)
 
-    prune = wrap(undo, callback, "apply_pruning", apply_pruning)
-    save = wrap(undo, callback, "on_save_checkpoint", on_save_checkpoint)
+    prune = _wrap(undo, callback, "apply_pruning", apply_pruning)
+    save = _wrap(undo, callback, "on_save_checkpoint", on_save_checkpoint)
     if callback._use_lottery_ticket_hypothesis:
-        start = wrap(undo, callback, "on_train_start", on_train_start)
+        start = _wrap(undo, callback, "on_train_start", on_train_start)
+
+
+def _is_a(callback: object, name: str) -> bool:
+    """Whether it is Lightning's callback of this name, from either of its packages, or a subclass of it."""
+    homes = ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks")
+    return any(base.__name__ == name and base.__module__.startswith(homes) for base in type(callback).__mro__)
+
+
+def _wrap(undo: ExitStack, callback: object, name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """Put ``wrapper`` in the place of a method of this instance, until ``undo`` is closed; return the method."""
+    method: Callable[..., Any] = getattr(callback, name)
+    if name in vars(callback):
+        undo.callback(setattr, callback, name, method)
+    else:
+        undo.callback(delattr, callback, name)
+    setattr(callback, name, wrapper)
+    return method
 
 
 def _tensors(module: nn.Module) -> Any:

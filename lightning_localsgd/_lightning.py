@@ -40,20 +40,15 @@ class Fit(Protocol):
         """In a signal handler: take note."""
 
 
-def wrap(undo: ExitStack, owner: object, name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """Put ``wrapper`` in the place of a method of one instance until ``undo`` is closed; return the method."""
-    original: Callable[..., Any] = getattr(owner, name)  # AttributeError: not a Lightning that we know
-    if name in vars(owner):
-        undo.callback(setattr, owner, name, original)
-    else:
-        undo.callback(delattr, owner, name)
-    setattr(owner, name, wrapper)
-    return original
-
-
 def attach(trainer: Trainer, fit: Fit) -> ExitStack:
     """Wrap the loops of ``trainer``; closing the result undoes it."""
     undo = ExitStack()
+
+    def wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        original: Callable[..., Any] = getattr(owner, name)  # AttributeError: not a Lightning that we know
+        setattr(owner, name, wrapper)
+        undo.callback(delattr, owner, name)
+        return original
 
     loop = trainer.fit_loop
     epoch_loop, val_loop, signals = loop.epoch_loop, loop.epoch_loop.val_loop, trainer._signal_connector
@@ -92,15 +87,15 @@ def attach(trainer: Trainer, fit: Fit) -> ExitStack:
     def on_requeue(_: int, __: FrameType | None) -> None:
         fit.receives(REQUEUE)
 
-    advance_start = wrap(undo, loop, "on_advance_start", on_advance_start)
-    epoch = wrap(undo, epoch_loop, "run", run_epoch)
-    validation = wrap(undo, val_loop, "run", run_validation)
-    run_end = wrap(undo, loop, "on_run_end", on_run_end)
-    data = wrap(undo, loop, "setup_data", setup_data)
-    wrap(undo, signals, "_sigterm_notifier_fn", on_sigterm)
-    wrap(undo, signals, "_slurm_sigusr_handler_fn", on_requeue)
+    advance_start = wrap(loop, "on_advance_start", on_advance_start)
+    epoch = wrap(epoch_loop, "run", run_epoch)
+    validation = wrap(val_loop, "run", run_validation)
+    run_end = wrap(loop, "on_run_end", on_run_end)
+    data = wrap(loop, "setup_data", setup_data)
+    wrap(signals, "_sigterm_notifier_fn", on_sigterm)
+    wrap(signals, "_slurm_sigusr_handler_fn", on_requeue)
     if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # since 2.5.2; its duty is the header's
-        wrap(undo, epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
+        wrap(epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
     return undo
 
 
