@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_localsgd import _lightning
+from lightning_localsgd import _callbacks, _lightning
 from lightning_localsgd.checkpoint import (
     KEY,
     AtomicCheckpointIO,
@@ -140,6 +140,7 @@ class LocalSGD(_Base):
         self._resumed: dict[str, int] | None = None  # the clock of the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
         self._last_clock: dict[str, int] | None = None  # of the last fit, for a checkpoint that is saved after it
+        self._averages: list[_callbacks.Average] = []  # of the callbacks of the fit in progress
         self._undo = ExitStack()  # puts back what a fit has wrapped
 
     def __repr__(self) -> str:
@@ -160,6 +161,11 @@ class LocalSGD(_Base):
 
     # ------------------------------------------------------------------------------------------------ set up, tear down
 
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
+            self._averages = _callbacks.attach(self._trainer, self._undo)
+
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
@@ -171,7 +177,10 @@ class LocalSGD(_Base):
                     f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
                 )
         Replica(self.lightning_module).lines()  # raises if there is a tensor that has no mean
+        copies = [average for average in self._averages if average.is_copy_of(self.lightning_module)]
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
+        for average in copies:
+            average.copy(self.lightning_module)
         self.worker.optimizers.attach(lambda: self.optimizers, may_reset=self.mean.nonfinite == "exclude")
         if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(
@@ -185,7 +194,7 @@ class LocalSGD(_Base):
                 "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
-        self._undo = _lightning.attach(trainer, self)
+        self._undo.enter_context(_lightning.attach(trainer, self))
         if self._exact:
             self._fit = Fit(trainer, self.root_device, self._part["fit"] if self._part else None)
             self._undo.callback(self._fit.leave)
@@ -215,6 +224,7 @@ class LocalSGD(_Base):
         self._accumulating = False  # is this batch's gradient only added to the next one's?
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
         self._warn_of_step = StepWarning()
+        self._worker.at_consensus = self._at_consensus
         self._worker.start(self._part["worker"] if self._part else None)
         self._unreduced = list(module.parameters())  # parameters whose gradients no reducer averages yet
 
@@ -223,7 +233,7 @@ class LocalSGD(_Base):
         if self._worker is not None:
             self._last_clock = self._worker.clock.state_dict()
         self._worker, self._fit, self._running = None, None, False
-        self._resumed = self._part = None
+        self._resumed, self._part, self._averages = None, None, []
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
         super().teardown()
@@ -249,8 +259,15 @@ class LocalSGD(_Base):
     # -------------------------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
+        if self._running:
+            raise ValueError(
+                "A fit cannot run inside another one with `LocalSGDStrategy`; call `lr_find` before the training: "
+                "`Tuner(trainer).lr_find(model)`, or `LearningRateFinder()` as it is."
+            )
         super().on_train_start()
         self._running = True
+        for average in self._averages:
+            average.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -270,6 +287,13 @@ class LocalSGD(_Base):
             if self._optimizer_stepped:
                 self._end_step()
         return output
+
+    def _restart(self) -> None:
+        """Set the clock back to a checkpoint's, and with it whether gradients are averaged."""
+        assert self.lightning_module is not None
+        self.worker.clock = Clock(self.schedule, self.world_size, self._resumed)
+        self.model = self.lightning_module
+        self._unreduced = list(self.model.parameters())
 
     def _reduce_gradients(self) -> None:
         """See that the gradients of all parameters are averaged: at the first step, and when some were unfrozen."""
@@ -322,6 +346,10 @@ class LocalSGD(_Base):
         worker.end_step()
         if averaged_gradients and worker.clock.averages_models:
             self.model = self.lightning_module  # a reducer goes with its memory, and does not come back
+
+    def _at_consensus(self) -> None:
+        for average in self._averages:
+            average.follow()
 
     # What `_lightning.attach` calls at places that a strategy has no hook for.
 
@@ -395,8 +423,8 @@ class LocalSGD(_Base):
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        # Callbacks that keep an average of this worker's own weights (EMA, SWA) write it into the module in their
-        # `on_train_end`, after the last average.
+        # A callback that keeps an average of this worker's own weights writes it into the module in its `on_train_end`,
+        # after the last average.
         self.worker.leave()
         self._running = False
 
@@ -518,6 +546,8 @@ class LocalSGD(_Base):
         except Exception as this:
             error = this
         self._talk().agree(error)
+        if self._worker is not None:  # the learning rate finder goes back to where it was
+            self._restart()
         return checkpoint
 
     def _go_on_from(self, checkpoint: dict[str, Any], path: str) -> None:
@@ -526,7 +556,7 @@ class LocalSGD(_Base):
         entry, parts = checkpoint.get(KEY, {}), Parts.of(checkpoint)
         if "clock" in entry:
             self._resumed = Clock.new_round(entry["clock"])
-        if not self._exact:
+        if not self._exact or self._worker is not None:
             return
         setting = self._setting()
         if "clock" not in entry:

@@ -56,6 +56,7 @@ class Worker:
         self._files = files
         # Since the last average: has this worker taken a step, has it run a training step (which may change buffers)?
         self.stepped = self.touched = False
+        self.at_consensus: Callable[[], None] = lambda: None  # called when a round has ended and the next has begun
         self.validation_is_due = False  # put off to the end of the epoch
         self.inside_consensus = False
         self._own: Snapshot | None = None  # inside a consensus, unless it is because all replicas are equal
@@ -213,6 +214,7 @@ class Worker:
             self.stepped = self.touched = False
             self.replica.begin_round()
             self.clock.next_round(decision.step)
+            self.at_consensus()
 
     def _restart_nonfinite(self, decision: Decision) -> None:
         for rank in decision.left_out:
