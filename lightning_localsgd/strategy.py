@@ -488,7 +488,7 @@ class LocalSGDStrategy(LocalSGD, DDPStrategy):  # noqa: D101
 def _ddp_options() -> dict[str, Any]:
     """Return how gradients are averaged: whatever a module uses of itself; buffers and the first model are ours."""
     known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # since torch 2.13
-    return {"find_unused_parameters": True, "init_sync": False, sync_buffers: False}
+    options = {"find_unused_parameters": True}
+    options |= {"init_sync": False} if "init_sync" in known else {}  # since torch 2.6; else it sends what is equal
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # since torch 2.13
+    return options | {sync_buffers: False}
