@@ -490,5 +490,5 @@ def _ddp_options() -> dict[str, Any]:
     known = inspect.signature(DistributedDataParallel).parameters
     options = {"find_unused_parameters": True}
     options |= {"init_sync": False} if "init_sync" in known else {}  # since torch 2.6; else it sends what is equal
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # since torch 2.13
-    return options | {sync_buffers: False}
+    since_2_13 = "forward_sync_buffers" in known
+    return options | {"forward_sync_buffers" if since_2_13 else "broadcast_buffers": False}
