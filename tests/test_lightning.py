@@ -118,7 +118,7 @@ def test_nothing_is_lost_without_a_broadcast_before_each_batch():
 PACKAGE = sorted(Path(_lightning.__file__).parent.glob("*.py"))
 PRIVATE_MODULES = re.compile(r"(lightning\.pytorch|pytorch_lightning)\.(trainer\.(call|connectors)|loops)")
 LOOPS = {"fit_loop", "epoch_loop", "val_loop"}
-INHERITED = {"_layer_sync", "_timeout", "_setup_model"}  # the strategy's own, from `DDPStrategy`
+INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model"}  # the strategy's own, from `DDPStrategy`
 NOT_LIGHTNINGS = {"_getframe", "_version", "_foreach_copy_"}  # Python's and torch's
 
 
