@@ -7,7 +7,7 @@ python := $(VENV)/bin/python
 install := $(python) -m pip install --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs wheel clean
+.PHONY: help demo test matrix lint types docs wheel clean
 
 help: ## say what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -17,6 +17,9 @@ demo: $(VENV)/.examples ## train the digits example with two workers and print i
 
 test: $(VENV)/.dev ## run the whole fast suite
 	$(python) -m pytest
+
+matrix: $(VENV)/.dev ## run the suite with the oldest and the newest versions that we support
+	$(python) tests/matrix.py
 
 lint: $(VENV)/.dev ## check style and format
 	$(python) -m ruff check .

@@ -2,7 +2,8 @@
 
 A strategy has no hook at the end of an epoch, before validation, or at the end of the fit before the callbacks; and
 Lightning sends a broadcast before every batch. So methods of one trainer's loops are wrapped while it fits: never a
-class, always undone. Each is checked to be there, and `tests/test_lightning.py` fails when one is no longer called.
+class, always undone. Without one of them a Lightning is refused, or what is lost is warned about; and
+`tests/test_lightning.py` fails when one is no longer called.
 """
 
 import signal
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 SIGTERM, REQUEUE = 1, 2  # bits of `Message.signals`
 
@@ -55,17 +57,32 @@ class Fit(Protocol):
 
 
 def attach(trainer: Trainer, fit: Fit) -> ExitStack:
-    """Wrap the loops of ``trainer``; closing the result undoes it."""
+    """Wrap the loops of ``trainer``; closing the result undoes it.
+
+    Raises:
+        RuntimeError: if this Lightning lacks a method without which a worker could train something else than the
+            others, or wait for them in vain.
+    """
     undo = ExitStack()
 
-    def wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
-        original: Callable[..., Any] = getattr(owner, name)  # AttributeError: not a Lightning that we know
-        setattr(owner, name, wrapper)
-        undo.callback(delattr, owner, name)
-        return original
+    def wrap(owner: object, name: str, wrapper: Callable[..., Any], to: str, needed: bool = True) -> Any:
+        original = getattr(owner, name, None)
+        if original is not None:
+            setattr(owner, name, wrapper)
+            undo.callback(delattr, owner, name)
+            return original
+        package = import_module(_package(trainer))
+        missing = f"{package.__name__} {package.__version__} has no `{name}`"
+        if needed:
+            undo.close()
+            raise RuntimeError(f"{missing}, which the workers need to {to}: install a version that has it, as 2.6.6.")
+        rank_zero_warn(f"{missing}: the workers will not {to}.")
+        return None
 
     loop = trainer.fit_loop
-    epoch_loop, val_loop, signals = loop.epoch_loop, loop.epoch_loop.val_loop, trainer._signal_connector
+    epoch_loop = getattr(loop, "epoch_loop", None)
+    val_loop = getattr(epoch_loop, "val_loop", None)
+    signals = getattr(trainer, "_signal_connector", None)
 
     def on_advance_start() -> None:
         if not fit.starts_epoch():
@@ -112,29 +129,28 @@ def attach(trainer: Trainer, fit: Fit) -> ExitStack:
     def on_requeue(_: int, __: FrameType | None) -> None:
         fit.receives(REQUEUE)
 
-    advance_start = wrap(loop, "on_advance_start", on_advance_start)
-    epoch = wrap(epoch_loop, "run", run_epoch)
-    batch = wrap(epoch_loop, "advance", run_batch)
-    load_loader_states = wrap(loop, "_load_combined_loader_states", load_loaders)
-    validation = wrap(val_loop, "run", run_validation)
-    run_end = wrap(loop, "on_run_end", on_run_end)
-    data = wrap(loop, "setup_data", setup_data)
-    wrap(signals, "_sigterm_notifier_fn", on_sigterm)
-    wrap(signals, "_slurm_sigusr_handler_fn", on_requeue)
+    advance_start = wrap(loop, "on_advance_start", on_advance_start, "start each epoch together")
+    epoch = wrap(epoch_loop, "run", run_epoch, "answer each other when the data of one has ended")
+    batch = wrap(epoch_loop, "advance", run_batch, "act on a signal together")
+    load_loader_states = wrap(
+        loop, "_load_combined_loader_states", load_loaders, "find their places in the data again", needed=False
+    )
+    validation = wrap(val_loop, "run", run_validation, "validate the mean of their models")
+    run_end = wrap(loop, "on_run_end", on_run_end, "end the fit together")
+    data = wrap(loop, "setup_data", setup_data, "wait for each other when one has no data at all", needed=False)
+    wrap(signals, "_sigterm_notifier_fn", on_sigterm, "stop together on SIGTERM", needed=False)
+    wrap(signals, "_slurm_sigusr_handler_fn", on_requeue, "requeue together on SLURM's signal", needed=False)
     if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # since 2.5.2; its duty is the header's
-        wrap(epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
+        wrap(epoch_loop, "_broadcast_sigterm_tensor", lambda: None, "train without waiting for each other")
     return undo
 
 
 def validate_now(trainer: Trainer) -> None:
-    """Run the validation loop as `_TrainingEpochLoop.on_advance_end` does."""
-    loop = trainer.fit_loop.epoch_loop
+    """Run the validation loop at the end of an epoch, as `_TrainingEpochLoop.on_advance_end` does."""
     trainer.validating = True
-    first_loop_iter = trainer._logger_connector._first_loop_iter
-    _of(trainer, "trainer.call")._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
-    loop.val_loop.run()
+    trainer.lightning_module.on_validation_model_zero_grad()
+    trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
-    trainer._logger_connector._first_loop_iter = first_loop_iter
 
 
 class Stage(Enum):
@@ -311,8 +327,11 @@ def act_on(trainer: Trainer, signals: int) -> None:
 
 def _of(trainer: Trainer, module: str) -> Any:
     """Return a module of the package that the trainer is of: ``lightning.pytorch`` or ``pytorch_lightning``."""
-    package = type(trainer.state).__module__.removesuffix(".trainer.states")
-    return import_module(f"{package}.{module}")
+    return import_module(f"{_package(trainer)}.{module}")
+
+
+def _package(trainer: Trainer) -> str:
+    return type(trainer.state).__module__.removesuffix(".trainer.states")
 
 
 def with_default_io(io: CheckpointIO | None, default: CheckpointIO) -> CheckpointIO:

@@ -301,6 +301,8 @@ class LocalSGD(_Base):
             self._unreduced = [parameter for parameter in self._unreduced if not parameter.requires_grad]
             if not self.worker.alone:
                 assert self.lightning_module is not None
+                if "init_sync" not in self._ddp_kwargs:  # an older torch: the reducer's constructor communicates
+                    self.worker.ask(Want.STEP, detail=len(self._unreduced))
                 self.model = self._setup_model(self.lightning_module)
 
     @contextmanager
@@ -661,7 +663,7 @@ class LocalSGDStrategy(LocalSGD, DDPStrategy):  # noqa: D101
 def _ddp_options() -> dict[str, Any]:
     """Return how gradients are averaged: whatever a module uses of itself; buffers and the first model are ours."""
     known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # since torch 2.13
-    return {"find_unused_parameters": True, "init_sync": False, sync_buffers: False}
+    options = {"find_unused_parameters": True}
+    options |= {"init_sync": False} if "init_sync" in known else {}  # of newer torch: send no model
+    since_2_13 = "forward_sync_buffers" in known
+    return options | {"forward_sync_buffers" if since_2_13 else "broadcast_buffers": False}

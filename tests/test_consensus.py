@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_localsgd import LocalSGDStrategy
 from tests.models import Constant, Regression, Trajectory, loader, rank, same, state_of, trainer
+from tests.versions import WEIGHTS_ONLY, since
 from tests.workers import run_workers
 
 # Resuming here goes without the callback that saved.
@@ -235,7 +236,7 @@ def test_a_checkpoint_is_a_plain_one_of_the_consensus(period, tmp_path):
     loaded = Regression.load_from_checkpoint(path, optimizer="adamw", norm=True, weights_only=True)
     assert same([state_of(loaded), first])
     alone = trainer(1, "auto", max_steps=10)
-    alone.fit(Regression("adamw", norm=True), loader([8]), ckpt_path=path, weights_only=True)
+    alone.fit(Regression("adamw", norm=True), loader([8]), ckpt_path=path, **WEIGHTS_ONLY)
     assert alone.global_step == 10
 
 
@@ -245,7 +246,7 @@ def averages_at(folder, period, resume):
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
     callbacks = [trajectory] if resume else [trajectory, saver]
     run = trainer(2, period, callbacks=callbacks, enable_checkpointing=not resume, max_epochs=2, max_steps=16)
-    run.fit(model, loader([10, 10]), ckpt_path=f"{folder}/step=6.ckpt" if resume else None, weights_only=True)
+    run.fit(model, loader([10, 10]), ckpt_path=f"{folder}/step=6.ckpt" if resume else None, **WEIGHTS_ONLY)
     return trajectory.states, run.strategy._last_clock
 
 
@@ -276,6 +277,7 @@ def fail_and_save(folder):
     trainer(2, strategy, callbacks=[saver], enable_checkpointing=True).fit(Fails(), loader([8, 8]))
 
 
+@since("2.5.3")  # `save_on_exception`
 def test_a_rank_that_raises_goes_without_a_collective_and_the_others_hear_of_it(tmp_path):
     ends = run_workers(fail_and_save, 2, str(tmp_path), catch=True, timeout=60)
     assert ends[1].type == "ZeroDivisionError"

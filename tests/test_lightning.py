@@ -1,11 +1,14 @@
 """The private places of Lightning that we touch: each is there, is called, and is put back."""
 
+import ast
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import __version__ as version
 from lightning.pytorch.callbacks import Callback
 
 from lightning_localsgd import _lightning
@@ -55,11 +58,101 @@ def test_each_wrapped_method_is_called_and_put_back():
         assert calls == ["validates", "has_data_somewhere", *epoch, *epoch, "ends_fit"]
 
 
-def test_a_lightning_without_these_methods_is_refused():
+def without(owner, name, attach):
+    """Call ``attach`` with a trainer whose part ``owner`` lacks ``name``, as another version of Lightning might."""
     run = trainer(1, 4)
-    run.fit_loop.epoch_loop = object()
-    with pytest.raises(AttributeError):
-        _lightning.attach(run, run.strategy)
+    parts = {"loop": run.fit_loop, "epoch_loop": run.fit_loop.epoch_loop, "val_loop": run.fit_loop.epoch_loop.val_loop}
+    part = parts.get(owner, run._signal_connector)
+    kind = type(part)
+    hidden = type(kind.__name__, (kind,), {name: property()})  # raises AttributeError when it is read
+    part.__class__ = hidden
+    before = attributes(run)
+    attach(run)
+    return before, attributes(run)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "told"),
+    [
+        ("loop", "on_advance_start", "start each epoch together"),
+        ("epoch_loop", "run", "answer each other when the data of one has ended"),
+        ("val_loop", "run", "validate the mean of their models"),
+        ("loop", "on_run_end", "end the fit together"),
+    ],
+)
+def test_a_lightning_without_these_methods_is_refused(owner, name, told):
+    def attach(run):
+        says = f"^lightning.pytorch {version} has no `{name}`, which the workers need to {told}: install a version"
+        with pytest.raises(RuntimeError, match=says):
+            _lightning.attach(run, run.strategy)
+
+    before, after = without(owner, name, attach)
+    assert after == before  # nothing is left half wrapped
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "told"),
+    [
+        ("loop", "setup_data", "wait for each other when one has no data at all"),
+        ("signals", "_sigterm_notifier_fn", "stop together on SIGTERM"),
+        ("signals", "_slurm_sigusr_handler_fn", "requeue together on SLURM's signal"),
+    ],
+)
+def test_a_lightning_without_these_methods_is_warned_about(owner, name, told):
+    def attach(run):
+        says = f"^lightning.pytorch {version} has no `{name}`: the workers will not {told}"
+        with pytest.warns(UserWarning, match=says):
+            _lightning.attach(run, run.strategy).close()
+
+    before, after = without(owner, name, attach)
+    assert after == before
+
+
+def test_nothing_is_lost_without_a_broadcast_before_each_batch():
+    def attach(run):
+        _lightning.attach(run, run.strategy).close()  # a warning would be an error
+
+    without("epoch_loop", "_broadcast_sigterm_tensor", attach)
+
+
+PACKAGE = sorted(Path(_lightning.__file__).parent.glob("*.py"))
+PRIVATE_MODULES = re.compile(r"(lightning\.pytorch|pytorch_lightning)\.(trainer\.(call|connectors)|loops)")
+LOOPS = {"fit_loop", "epoch_loop", "val_loop"}
+INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model"}  # the strategy's own, from `DDPStrategy`
+NOT_LIGHTNINGS = {"_getframe", "_version", "_foreach_copy_"}  # Python's and torch's
+
+
+def nodes_of(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+def names_defined(nodes):
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self" and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def private_parts(nodes, known):
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            private = node.attr.startswith("_") and not node.attr.endswith("__")
+            if (private and node.attr not in known) or node.attr in LOOPS:
+                yield node.attr
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None)
+            names = [f"{module}.{alias.name}" if module else alias.name for alias in node.names]
+            yield from filter(PRIVATE_MODULES.match, names)
+
+
+def test_only_one_module_touches_lightnings_private_parts():
+    known = {name for path in PACKAGE for name in names_defined(nodes_of(path))} | INHERITED | NOT_LIGHTNINGS
+    for path in PACKAGE:
+        found = list(private_parts(nodes_of(path), known))
+        assert bool(found) == (path.name == "_lightning.py"), (path.name, found)
 
 
 def raise_and_look():

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BasePredictionWriter,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateMonitor,
@@ -16,7 +15,6 @@ from lightning.pytorch.callbacks import (
     ModelSummary,
     StochasticWeightAveraging,
     Timer,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
@@ -25,6 +23,12 @@ from torch import nn
 from tests.lightning_suite.compare import catch, loader, same_as_ddp
 from tests.lightning_suite.recorder import WithData
 from tests.models import Regression, network, rank, state_of
+from tests.versions import has, since
+
+if has("2.6"):
+    from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+else:  # where their tests are skipped
+    EMAWeightAveraging = WeightAveraging = StochasticWeightAveraging
 
 
 class Scored(WithData):
@@ -77,7 +81,13 @@ class EveryFewSteps(WeightAveraging):
 
 @same_as_ddp
 @pytest.mark.parametrize(
-    "average", [EMAWeightAveraging, EveryFewSteps, StochasticWeightAveraging], ids=lambda kind: kind.__name__
+    "average",
+    [
+        pytest.param(EMAWeightAveraging, marks=since("2.6")),
+        pytest.param(EveryFewSteps, marks=since("2.6")),
+        StochasticWeightAveraging,
+    ],
+    ids=lambda kind: kind.__name__,
 )
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.filterwarnings("ignore:.*recompute the batch norm statistics")

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tests.lightning_suite.compare import catch, loader, same_as_ddp
 from tests.lightning_suite.recorder import WithData, recorded
 from tests.models import Regression, rank, state_of, trainer
+from tests.versions import since
 
 KEY = "lightning_localsgd"  # what ours adds to a checkpoint
 
@@ -187,7 +188,7 @@ class Fails(WithData):
 @same_as_ddp
 @pytest.mark.filterwarnings("ignore:.*ckpt_path=None")  # Lightning looks for a last checkpoint,
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")  # and finds none
-@pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", "save_on_exception"])
+@pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", pytest.param("save_on_exception", marks=since("2.5.3"))])
 def test_checkpoint_on_exception(setting, kind):
     if kind == "OnExceptionCheckpoint":
         callback = OnExceptionCheckpoint(setting.path)
