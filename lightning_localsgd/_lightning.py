@@ -5,7 +5,10 @@ Lightning sends a broadcast before every batch. So methods of one trainer's loop
 class, always undone. Each is checked to be there, and `tests/test_lightning.py` fails when one is no longer called.
 """
 
+import atexit
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
@@ -16,6 +19,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 SIGTERM, REQUEUE = 1, 2  # bits of `Message.signals`
+_GRACE = 5.0  # seconds for the processes of a launcher to say why they end; as long as Lightning gives them
 
 
 class Fit(Protocol):
@@ -118,3 +122,22 @@ def act_on(trainer: Trainer, signals: int) -> None:
     if signals & SIGTERM:
         connector.received_sigterm = True
         raise SIGTERMException
+
+
+def end_with(launcher: Any) -> None:
+    """See that the processes which ``launcher`` has started do not outlive this one by more than a few seconds."""
+    if getattr(launcher, "procs", []):
+        atexit.unregister(_end)
+        atexit.register(_end, launcher)
+
+
+def _end(launcher: Any) -> None:
+    deadline = time.monotonic() + _GRACE
+    while any(map(_runs, launcher.procs)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if any(map(_runs, launcher.procs)):
+        launcher.kill(signal.SIGKILL)
+
+
+def _runs(process: Any) -> bool:
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()

@@ -7,7 +7,8 @@ serves the want of at least one rank, or all ranks raise the same error.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -15,6 +16,9 @@ from functools import reduce
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+_LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C
 
 
 class Want(IntEnum):
@@ -157,6 +161,8 @@ class Header:
         self.rank = rank
         self.size = size
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        self._note = f"lightning_localsgd/left/{self._group.group_name}" if self._group is not None else ""
+        self._work: dist.Work | None = None  # the last header
 
     def exchange(self, message: Message) -> Decision:
         """Send ``message``, receive those of all ranks, and return what follows from them."""
@@ -164,9 +170,59 @@ class Header:
             return decide([message])
         mine = torch.tensor([int(value) for value in astuple(message)], dtype=torch.int64)
         rows = torch.empty(self.size, len(mine), dtype=torch.int64)
-        with torch.profiler.record_function("localsgd::header"):
-            dist.all_gather(list(rows.unbind()), mine, group=self._group)
+        who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
+        with torch.profiler.record_function("localsgd::header"), explained(who):
+            self._work = dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True)
+            while not self._work.is_completed():
+                with suppress(RuntimeError):  # no more than that it is not completed yet
+                    self._work.wait(_LISTEN)
+            self._work.wait()  # raises if it has failed
         return decide([Message(Want(want), *rest) for want, *rest in rows.tolist()])
+
+    def leave(self) -> None:
+        """Let the others know that this rank has left with an exception, without waiting for any of them.
+
+        Whoever waits for this rank in a header sees its connection closed, even if this process lives on; whoever
+        looks with :meth:`look` finds a note.
+        """
+        if self._group is None:
+            return
+        with suppress(RuntimeError):  # the store is rank 0's, which may have left before
+            _get_default_store().set(self._note, "")
+        if (
+            self._work is None or self._work.is_completed()
+        ):  # else it was Ctrl-C in a header, and this would wait for it
+            self._work = None  # which keeps the connections open
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def look(self) -> None:
+        """Raise if another rank has left; it takes a moment, but waits for nobody.
+
+        Raises:
+            RuntimeError: if another rank has left with an exception.
+        """
+        try:
+            left = self._group is not None and _get_default_store().check([self._note])
+        except RuntimeError:  # the store has left with rank 0
+            left = True
+        if left:
+            raise RuntimeError(f"Rank {self.rank} cannot go on, because another worker has left; {_FIRST}.")
+
+
+@contextmanager
+def explained(who: str) -> Generator[None, None, None]:
+    """Tell of a collective that has failed where in the training it did, and where to look for the cause."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):  # something else: Gloo's errors name its files
+            raise
+        if "imed out" in str(error):
+            why = f"the others have not come there within the `timeout` of the strategy ({error})"
+        else:
+            why = f"another worker has left; {_FIRST}"
+        raise RuntimeError(f"{who} cannot go on, because {why}.") from error
 
 
 def _why_not(messages: Sequence[Message], want: Want) -> str:
@@ -188,6 +244,8 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
         )
     return f"The ranks have come apart: {where[first]} while {where[other]}."
 
+
+_FIRST = "see the first error above"
 
 _DOING = {
     Want.BARRIER: "waits at a barrier",

@@ -184,6 +184,13 @@ class LocalSGDStrategy(DDPStrategy):
             self.model = self.lightning_module
         super().teardown()
 
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._header is not None:
+            self._header.leave()
+            self._header = None
+        _lightning.end_with(self.launcher)
+
     @property
     def worker(self) -> Worker:
         """This worker, during ``fit``: its clock, its replica, and its part in the protocol."""
@@ -205,6 +212,7 @@ class LocalSGDStrategy(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         worker = self.worker
+        worker.heed()
         if worker.known_signals or (worker.signals and worker.alone):
             worker.ask(Want.SIGNAL)
         if not (worker.clock.averages_models or self._step_is_open):
@@ -223,6 +231,11 @@ class LocalSGDStrategy(DDPStrategy):
             if self._optimizer_stepped:
                 self._end_step()
         return output
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._worker is not None:
+            self._worker.heed()
+        return super().validation_step(*args, **kwargs)
 
     def _reduce_gradients(self) -> None:
         """See that the gradients of all parameters are averaged: at the first step, and when some were unfrozen."""
