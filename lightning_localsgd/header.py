@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-_LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C
+_LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
 
 class Want(IntEnum):
@@ -176,14 +176,16 @@ class Header:
             while not self._work.is_completed():
                 with suppress(RuntimeError):  # no more than that it is not completed yet
                     self._work.wait(_LISTEN)
+                if not self._work.is_completed():
+                    self.look(who)
             self._work.wait()  # raises if it has failed
         return decide([Message(Want(want), *rest) for want, *rest in rows.tolist()])
 
     def leave(self) -> None:
         """Let the others know that this rank has left with an exception, without waiting for any of them.
 
-        Whoever waits for this rank in a header sees its connection closed, even if this process lives on; whoever
-        looks with :meth:`look` finds a note.
+        Whoever waits for this rank in a header sees its connection closed, even if this process lives on, or finds a
+        note soon: processes that this one has forked, to load data, keep its connections open.
         """
         if self._group is None:
             return
@@ -196,8 +198,11 @@ class Header:
             dist.destroy_process_group(self._group)
         self._group = None
 
-    def look(self) -> None:
-        """Raise if another rank has left; it takes a moment, but waits for nobody.
+    def look(self, who: str) -> None:
+        """Look for that note, which takes a moment but waits for nobody.
+
+        Args:
+            who: begins the error: which rank this is, and where in the training.
 
         Raises:
             RuntimeError: if another rank has left with an exception.
@@ -207,7 +212,7 @@ class Header:
         except RuntimeError:  # the store has left with rank 0
             left = True
         if left:
-            raise RuntimeError(f"Rank {self.rank} cannot go on, because another worker has left; {_FIRST}.")
+            raise RuntimeError(f"{who} cannot go on, because {_LEFT}.")
 
 
 @contextmanager
@@ -221,7 +226,7 @@ def explained(who: str) -> Generator[None, None, None]:
         if "imed out" in str(error):
             why = f"the others have not come there within the `timeout` of the strategy ({error})"
         else:
-            why = f"another worker has left; {_FIRST}"
+            why = _LEFT
         raise RuntimeError(f"{who} cannot go on, because {why}.") from error
 
 
@@ -245,7 +250,7 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
     return f"The ranks have come apart: {where[first]} while {where[other]}."
 
 
-_FIRST = "see the first error above"
+_LEFT = "another worker has left; see the first error above"
 
 _DOING = {
     Want.BARRIER: "waits at a barrier",

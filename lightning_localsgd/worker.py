@@ -111,7 +111,7 @@ class Worker:
             RuntimeError: if another worker has left with an exception, which the next header would tell much later.
         """
         if self.signals:
-            self._header.look()
+            self._header.look(f"Rank {self._header.rank}, at its step {self.clock.step},")
 
     def _put_off_validation(self, decision: Decision) -> None:
         self.validation_is_due = True
