@@ -1,8 +1,7 @@
 """How many cases are drawn, and what is left out of the fast suite.
 
-`pytest --soak 100 -m "soak or drawn"`, which is `make soak`, draws 100 new cases in each test marked `drawn` (where the
-fast suite takes 20, the same each time) and also runs the tests marked `soak`. Such a test takes its number from a
-profile: `@settings(settings.get_profile("drawn"))`.
+`pytest --soak 100 -m "soak or drawn"`, which is `make soak`, draws 100 new cases in each test marked `drawn` (of which
+the fast suite takes 20, the same each time) and also runs the tests marked `soak`.
 """
 
 from hypothesis import settings
@@ -13,16 +12,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    soak = config.getoption("soak")
     config.addinivalue_line("markers", "soak: takes long; runs only with --soak N")
-    config.addinivalue_line("markers", "drawn: draws as many cases as --soak says, or 20")
-    settings.register_profile(
-        "drawn", max_examples=soak or 20, derandomize=not soak, deadline=None, print_blob=bool(soak)
-    )
+    config.addinivalue_line("markers", "drawn: a hypothesis test of as many cases as --soak says, or 20")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("soak"):
+    soak = config.getoption("soak")
+    for item in items:
+        if item.get_closest_marker("drawn"):
+            settings(max_examples=soak or 20, derandomize=not soak, print_blob=bool(soak), deadline=None)(item.function)
+    if not soak:
         slow = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]

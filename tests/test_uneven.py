@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -140,7 +140,6 @@ def drawn(lengths, period, options, checkpoint, **more):
 @example(
     drawn([6, 0], 50, {"val_check_interval": 2}, {"every_n_train_steps": 2, "save_top_k": 2, "monitor": "val_loss"})
 )
-@settings(settings.get_profile("drawn"))
 def test_no_combination_of_lengths_hangs_and_all_end_equal(case):
     with tempfile.TemporaryDirectory() as folder:
         ends = run_workers(fit_drawn, len(case["lengths"]), {**case, "folder": folder}, timeout=120)
