@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 
 python := $(VENV)/bin/python
+CASES ?= 100
 install := $(python) -m pip install --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix lint types docs wheel clean
+.PHONY: help demo test soak matrix lint types docs wheel clean
 
 help: ## say what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -17,6 +18,9 @@ demo: $(VENV)/.examples ## train the digits example with two workers and print i
 
 test: $(VENV)/.dev ## run the whole fast suite
 	$(python) -m pytest
+
+soak: $(VENV)/.dev ## run what takes long, a night's work with CASES=1000: new random cases in each drawn test
+	$(python) -m pytest --soak $(CASES) -m "soak or drawn"
 
 matrix: $(VENV)/.dev ## run the suite with the oldest and the newest versions that we support
 	$(python) tests/matrix.py

@@ -6,7 +6,10 @@ class, always undone. Without one of them a Lightning is refused, or what is los
 `tests/test_lightning.py` fails when one is no longer called.
 """
 
+import atexit
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
@@ -20,6 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 SIGTERM, REQUEUE = 1, 2  # bits of `Message.signals`
+_GRACE = 5.0  # seconds for the processes of a launcher to say why they end; as long as Lightning gives them
 
 
 class Fit(Protocol):
@@ -341,3 +345,22 @@ def with_default_io(io: CheckpointIO | None, default: CheckpointIO) -> Checkpoin
     if hasattr(io, "checkpoint_io"):
         io.checkpoint_io = default  # ignored where there is one
     return io
+
+
+def end_with(launcher: Any) -> None:
+    """See that the processes which ``launcher`` has started do not outlive this one by more than a few seconds."""
+    if getattr(launcher, "procs", []):
+        atexit.unregister(_end)
+        atexit.register(_end, launcher)
+
+
+def _end(launcher: Any) -> None:
+    deadline = time.monotonic() + _GRACE
+    while any(map(_runs, launcher.procs)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if any(map(_runs, launcher.procs)):
+        launcher.kill(signal.SIGKILL)
+
+
+def _runs(process: Any) -> bool:
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()

@@ -7,7 +7,8 @@ serves the want of at least one rank, or all ranks raise the same error.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -16,6 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+_LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
 T = TypeVar("T")
 
@@ -194,6 +198,8 @@ class Header:
         self.rank = rank
         self.size = size
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        self._note = f"lightning_localsgd/left/{self._group.group_name}" if self._group is not None else ""
+        self._work: dist.Work | None = None  # the last header
 
     def exchange(self, message: Message) -> Decision:
         """Send ``message``, receive those of all ranks, and return what follows from them."""
@@ -201,8 +207,15 @@ class Header:
             return decide([message])
         mine = torch.tensor([int(value) for value in astuple(message)], dtype=torch.int64)
         rows = torch.empty(self.size, len(mine), dtype=torch.int64)
-        with torch.profiler.record_function("localsgd::header"):
-            dist.all_gather(list(rows.unbind()), mine, group=self._group)
+        who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
+        with torch.profiler.record_function("localsgd::header"), explained(who):
+            self._work = dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True)
+            while not self._work.is_completed():
+                with suppress(RuntimeError):  # no more than that it is not completed yet
+                    self._work.wait(_LISTEN)
+                if not self._work.is_completed():
+                    self.look(who)
+            self._work.wait()  # raises if it has failed
         return decide([Message(Want(want), *rest) for want, *rest in rows.tolist()])
 
     # After a header, what is said in so many words, by all ranks at once.
@@ -235,6 +248,54 @@ class Header:
             if words is not None:
                 raise RuntimeError(f"Rank {rank} failed where all ranks must succeed: {words}")
 
+    def leave(self) -> None:
+        """Let the others know that this rank has left with an exception, without waiting for any of them.
+
+        Whoever waits for this rank in a header sees its connection closed, even if this process lives on, or finds a
+        note soon: processes that this one has forked, to load data, keep its connections open.
+        """
+        if self._group is None:
+            return
+        with suppress(RuntimeError):  # the store is rank 0's, which may have left before
+            _get_default_store().set(self._note, "")
+        if (
+            self._work is None or self._work.is_completed()
+        ):  # else it was Ctrl-C in a header, and this would wait for it
+            self._work = None  # which keeps the connections open
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def look(self, who: str) -> None:
+        """Look for that note, which takes a moment but waits for nobody.
+
+        Args:
+            who: begins the error: which rank this is, and where in the training.
+
+        Raises:
+            RuntimeError: if another rank has left with an exception.
+        """
+        try:
+            left = self._group is not None and _get_default_store().check([self._note])
+        except RuntimeError:  # the store has left with rank 0
+            left = True
+        if left:
+            raise RuntimeError(f"{who} cannot go on, because {_LEFT}.")
+
+
+@contextmanager
+def explained(who: str) -> Generator[None, None, None]:
+    """Tell of a collective that has failed where in the training it did, and where to look for the cause."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):  # something else: Gloo's errors name its files
+            raise
+        if "imed out" in str(error):
+            why = f"the others have not come there within the `timeout` of the strategy ({error})"
+        else:
+            why = _LEFT
+        raise RuntimeError(f"{who} cannot go on, because {why}.") from error
+
 
 def _why_not(messages: Sequence[Message], want: Want) -> str:
     first = next(rank for rank, message in enumerate(messages) if message.want == want)
@@ -255,6 +316,8 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
         )
     return f"The ranks have come apart: {where[first]} while {where[other]}."
 
+
+_LEFT = "another worker has left; see the first error above"
 
 _DOING = {
     Want.BARRIER: "waits at a barrier",

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_localsgd.header import explained
+
 _CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
 
 
@@ -80,9 +82,9 @@ class Mean:
                     bucket.fill_(-0.0)  # 0 times its values would be NaN for a NaN; -0 leaves every other sum as it is
                 elif count > 1:
                     share(bucket, count, index, modest)
-                dist.all_reduce(bucket)
-            else:
-                dist.all_reduce(bucket, dist.ReduceOp.MAX)
+            operation = dist.ReduceOp.SUM if bucket.is_floating_point() else dist.ReduceOp.MAX
+            with explained(f"Rank {rank}, which averages its model,"):
+                dist.all_reduce(bucket, operation)
 
         with torch.profiler.record_function("localsgd::average"):
             self._each_bucket(tensors, reduce, write)

@@ -244,6 +244,13 @@ class LocalSGD(_Base):
             self._header = Header(self.global_rank, self.world_size, self._timeout)
         return self._header
 
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._header is not None:
+            self._header.leave()
+            self._header = None
+        _lightning.end_with(self.launcher)
+
     @property
     def worker(self) -> Worker:
         """This worker, during ``fit``: its clock, its replica, and its part in the protocol."""
@@ -294,6 +301,11 @@ class LocalSGD(_Base):
         self.worker.clock = Clock(self.schedule, self.world_size, self._resumed)
         self.model = self.lightning_module
         self._unreduced = list(self.model.parameters())
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._worker is not None:
+            self._worker.heed()
+        return super().validation_step(*args, **kwargs)
 
     def _reduce_gradients(self) -> None:
         """See that the gradients of all parameters are averaged: at the first step, and when some were unfrozen."""
@@ -378,6 +390,7 @@ class LocalSGD(_Base):
         if self._fit is not None and not self._fit.before_batch():
             return False
         worker = self.worker
+        worker.heed()
         if worker.known_signals or (worker.signals and worker.alone):
             worker.ask(Want.SIGNAL)
         return True

@@ -185,6 +185,15 @@ class Worker:
         if signals:
             self._act(signals)
 
+    def heed(self) -> None:
+        """At each batch after a signal: launchers send SIGTERM also to those whom another worker has left.
+
+        Raises:
+            RuntimeError: if another worker has left with an exception, which the next header would tell much later.
+        """
+        if self.signals:
+            self._header.look(f"Rank {self._header.rank}, at its step {self.clock.step},")
+
     def _put_off_validation(self, decision: Decision) -> None:
         self.validation_is_due = True
         rank_zero_warn(

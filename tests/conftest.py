@@ -1,0 +1,27 @@
+"""How many cases are drawn, and what is left out of the fast suite.
+
+`pytest --soak 100 -m "soak or drawn"`, which is `make soak`, draws 100 new cases in each test marked `drawn` (of which
+the fast suite takes 20, the same each time) and also runs the tests marked `soak`.
+"""
+
+from hypothesis import settings
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", type=int, default=0, metavar="N", help="run soak tests too, and draw N cases, new ones")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: takes long; runs only with --soak N")
+    config.addinivalue_line("markers", "drawn: a hypothesis test of as many cases as --soak says, or 20")
+
+
+def pytest_collection_modifyitems(config, items):
+    soak = config.getoption("soak")
+    for item in items:
+        if item.get_closest_marker("drawn"):
+            settings(max_examples=soak or 20, derandomize=not soak, print_blob=bool(soak), deadline=None)(item.function)
+    if not soak:
+        slow = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
