@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import random
 import warnings
 from dataclasses import dataclass, field
@@ -210,9 +211,10 @@ def run(case, folder=None, saver=None, resume=None, callbacks=()):
         callbacks: more of them.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.manual_seed(100 + rank() if resume is None else 5)
-    np.random.seed(200 + rank() if resume is None else 5)
-    random.seed(300 + rank() if resume is None else 5)
+    seed = 5 if resume else int(os.environ["LOCAL_RANK"])  # another one after a resume, which must not matter
+    torch.manual_seed(100 + seed)
+    np.random.seed(200 + seed)
+    random.seed(300 + seed)
     digests = Digests()
     callbacks = [digests, *callbacks]
     if saver is not None:

@@ -250,13 +250,13 @@ def averages_at(folder, period, resume):
     return trajectory.states, run.strategy._last_clock
 
 
-def test_resuming_goes_on_at_the_right_step_of_the_schedule(tmp_path):
+def test_resuming_starts_a_new_round(tmp_path):
     run_workers(averages_at, 2, str(tmp_path), 4, False)
     (first, clock), (second, other) = run_workers(averages_at, 2, str(tmp_path), 4, True)
     equal = [7 + i for i, states in enumerate(zip(first, second, strict=True)) if same(list(states))]
-    assert equal == [8, 12, 16]
+    assert equal == [10, 14]  # saved after step 6 with period 4
     assert clock == other
-    assert (clock["start"], clock["round"]) == (16, 4)
+    assert (clock["start"], clock["round"]) == (16, 5)  # the rounds that ended at 4, 6, 10, 14 and with the fit
 
 
 def test_resuming_does_not_go_back_to_averaging_gradients(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want, decide
 
-SERVED_FOR_SOME = [Want.BARRIER, Want.WRITE, Want.BROADCAST, Want.REDUCE, Want.GATHER, Want.CONSENSUS]
+SERVED_FOR_SOME = [Want.BARRIER, Want.FILES, Want.BROADCAST, Want.REDUCE, Want.GATHER, Want.CONSENSUS]
 # What a rank may want while another one is still in the same epoch.
 IN_EPOCH = [*SERVED_FOR_SOME, Want.VALIDATE, Want.ROUND, Want.SIGNAL, Want.ENDED]
 
