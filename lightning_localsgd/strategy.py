@@ -141,9 +141,8 @@ class LocalSGDStrategy(DDPStrategy):
                 raise ValueError(
                     f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
                 )
-        copies = [average for average in self._averages if average.is_copy_of(self.lightning_module)]
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
-        for average in copies:
+        for average in self._averages:
             average.copy(self.lightning_module)
         if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(

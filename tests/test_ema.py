@@ -1,5 +1,7 @@
 """An average kept by Lightning's `WeightAveraging` is one over the consensus, the same on every worker."""
 
+import os
+
 import pytest
 import torch
 from lightning.pytorch import callbacks
@@ -124,6 +126,7 @@ class Sees(Regression):
 
     def __init__(self):
         super().__init__("momentum", norm=True)
+        self.net = network(seed=int(os.environ["LOCAL_RANK"]), norm=True)
         self.seen = []
 
     def validation_step(self, batch, batch_idx):
