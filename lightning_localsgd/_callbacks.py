@@ -69,7 +69,7 @@ class Average:
 
     @torch.no_grad()
     def copy(self, module: nn.Module) -> None:
-        """Begin as a copy of the module, unless resumed: so far it is one of what this rank had before rank 0's model."""
+        """Begin as a copy of the module, unless resumed: so far it is one of this rank's own, before rank 0's came."""
         if not self._resumed:
             for mine, its in zip(_tensors(self._model.module), _tensors(module), strict=True):
                 mine.copy_(its)
