@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_localsgd.replica import Replica
-
 _KEY = "lightning_localsgd"  # our entry in a callback's state
 
 
@@ -56,6 +54,7 @@ class Average:
         self._trainer = trainer
         self._asked: int | None = None  # the steps for which it is settled whether they update the average
         self._before = 0  # what Lightning's count of steps is ahead of our clock
+        self._resumed = False  # from a checkpoint with this average
         self._should_update = _wrap(undo, callback, "should_update", self._answer)
         self._state_dict = _wrap(undo, callback, "state_dict", self._save)
         self._load_state_dict = _wrap(undo, callback, "load_state_dict", self._load)
@@ -68,15 +67,12 @@ class Average:
     def _clock(self) -> Any:
         return self._trainer.strategy.worker.clock
 
-    def is_copy_of(self, module: nn.Module) -> bool:
-        """Whether the average is still a copy of the module, as it is before the first update."""
-        return self._model is not None and Replica(self._model.module).digest() == Replica(module).digest()
-
     @torch.no_grad()
     def copy(self, module: nn.Module) -> None:
-        """Be a copy of the module again, which now holds rank 0's model."""
-        for mine, its in zip(_tensors(self._model.module), _tensors(module), strict=True):
-            mine.copy_(its)
+        """Begin as a copy of the module, unless resumed: so far it is one of this rank's own, before rank 0's came."""
+        if not self._resumed:
+            for mine, its in zip(_tensors(self._model.module), _tensors(module), strict=True):
+                mine.copy_(its)
 
     def start(self) -> None:
         """Follow the training from here on; all ranks together."""
@@ -121,6 +117,7 @@ class Average:
         return state | {_KEY: {"asked": self._asked, "before": self._before}}
 
     def _load(self, state: dict[str, Any]) -> None:
+        self._resumed = True
         ours = state.get(_KEY, {"asked": None, "before": 0})
         self._asked, self._before = ours["asked"], ours["before"]
         self._load_state_dict({key: value for key, value in state.items() if key != _KEY})

@@ -177,9 +177,8 @@ class LocalSGD(_Base):
                     f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
                 )
         Replica(self.lightning_module).lines()  # raises if there is a tensor that has no mean
-        copies = [average for average in self._averages if average.is_copy_of(self.lightning_module)]
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
-        for average in copies:
+        for average in self._averages:
             average.copy(self.lightning_module)
         self.worker.optimizers.attach(lambda: self.optimizers, may_reset=self.mean.nonfinite == "exclude")
         if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):

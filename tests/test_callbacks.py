@@ -109,8 +109,9 @@ class Looks(Callback):
 
 
 def prune_while_training(way, folder, lottery=False):
-    torch.manual_seed(rank())  # random masks differ
+    torch.manual_seed(int(os.environ["LOCAL_RANK"]))  # random masks differ
     model, looks = Regression(), Looks()
+    model.net = network(seed=int(os.environ["LOCAL_RANK"]))
     callback = ModelPruning(way, [(model.net[0], "weight")], amount=0.25, use_lottery_ticket_hypothesis=lottery)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
     run = trainer(2, 3, callbacks=[looks, callback, saver], max_epochs=3, enable_checkpointing=True)

@@ -1,5 +1,7 @@
 """An average kept by Lightning's `WeightAveraging` is one over the consensus, the same on every worker."""
 
+import os
+
 import pytest
 import torch
 from lightning.pytorch import callbacks
@@ -124,6 +126,7 @@ class Sees(Regression):
 
     def __init__(self):
         super().__init__("momentum", norm=True)
+        self.net = network(seed=int(os.environ["LOCAL_RANK"]), norm=True)
         self.seen = []
 
     def validation_step(self, batch, batch_idx):
@@ -217,19 +220,19 @@ def test_the_index_of_a_step_counts_as_rounds_do_and_survives_a_resume(tmp_path)
 
 def begin_with_ddp(folder):
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    halves = ema(update_every_n_steps=2)
-    run = trainer(2, DDPStrategy(), callbacks=[halves, saver], max_steps=4, max_epochs=-1, enable_checkpointing=True)
+    thirds = ema(update_every_n_steps=3)
+    run = trainer(2, DDPStrategy(), callbacks=[thirds, saver], max_steps=4, max_epochs=-1, enable_checkpointing=True)
     run.fit(Constant(), loader([8, 8]))
-    halves, keeps = ema(update_every_n_steps=2), Keeps()
-    run = trainer(2, 3, callbacks=[halves, keeps], max_steps=8, max_epochs=-1)
+    thirds, keeps = ema(update_every_n_steps=3), Keeps()
+    run = trainer(2, 3, callbacks=[thirds, keeps], max_steps=8, max_epochs=-1)
     run.fit(Constant(), loader([8, 8]), ckpt_path=f"{folder}/step=4.ckpt", weights_only=True)
     return keeps.average["weight"].item(), keeps.updates
 
 
 def test_it_goes_on_from_a_checkpoint_of_ddp(tmp_path):
-    # Updates after steps 1 and 3: a copy of -1.5, then halfway to -4.5. Resumed after step 4, the first round
-    # ends after step 7, with the updates of steps 5 and 7: -10.5 + 7.5 / 2^2.
-    assert run_workers(begin_with_ddp, 2, str(tmp_path)) == [(-8.625, 4)] * 2
+    # Updates after steps 1 and 4: a copy of -1.5, then halfway to -6. Resumed there, the first round ends after step 7,
+    # with the update of that step: halfway to -10.5.
+    assert run_workers(begin_with_ddp, 2, str(tmp_path)) == [(-7.125, 3)] * 2
 
 
 def alone(strategy):
