@@ -20,7 +20,7 @@ from tests.models import Regression, batch, rank, same, state_of, trainer
 from tests.shell import ROOT
 from tests.workers import run_workers
 
-SOON = 25  # seconds, on a busy machine; torch's and torchrun's own SIGKILL come 30 s after the first error, Lightning's after 5
+SOON = 25  # seconds, on a busy machine; torch's and torchrun's own SIGKILL come 30 s after the first error
 
 
 class Fault:
@@ -319,7 +319,6 @@ def started(start, where, who, folder):
         ("fork", "training_step", 0),
         pytest.param("torchrun", "training_step", 1, marks=pytest.mark.soak),
         pytest.param("spawn", "training_step", 1, marks=pytest.mark.soak),
-        pytest.param("fork", "loader", 1, marks=pytest.mark.soak),
         pytest.param("popen", "validation", 0, marks=pytest.mark.soak),
         pytest.param("torchrun", "loader", 0, marks=pytest.mark.soak),
     ],
