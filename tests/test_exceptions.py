@@ -20,7 +20,7 @@ from tests.models import Regression, batch, rank, same, state_of, trainer
 from tests.shell import ROOT
 from tests.workers import run_workers
 
-SOON = 20  # seconds; torch's and torchrun's own SIGKILL come 30 s after the first error, Lightning's after 5
+SOON = 25  # seconds, on a busy machine; torch's and torchrun's own SIGKILL come 30 s after the first error
 
 
 class Fault:
@@ -266,14 +266,14 @@ class Job:
         self.since = None
 
     def signal(self, group):
-        assert _comes(self.folder / "running", limit=90), "it has not started training"
+        assert _comes(self.folder / "running", limit=200), "it has not started training"
         self.since = time.time()
         (os.killpg if group else os.kill)(self.process.pid, signal.SIGINT)
 
     def end(self):
         """Wait until all its processes have ended; return the exit code, what was printed, and the seconds it took."""
         try:
-            output, _ = self.process.communicate(timeout=90)  # which any of them keeps open
+            output, _ = self.process.communicate(timeout=200)  # which any of them keeps open
         except TimeoutExpired as error:
             pytest.fail(f"still running: {self.alive()}\n{error.output}")
         ended = time.time()
@@ -307,7 +307,7 @@ def started(start, where, who, folder):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
 
 
 # In a round that goes on for ever, so that no header tells of it.
@@ -319,7 +319,6 @@ def started(start, where, who, folder):
         ("fork", "training_step", 0),
         pytest.param("torchrun", "training_step", 1, marks=pytest.mark.soak),
         pytest.param("spawn", "training_step", 1, marks=pytest.mark.soak),
-        pytest.param("fork", "loader", 1, marks=pytest.mark.soak),
         pytest.param("popen", "validation", 0, marks=pytest.mark.soak),
         pytest.param("torchrun", "loader", 0, marks=pytest.mark.soak),
     ],
