@@ -142,7 +142,7 @@ def test_our_strategy_is_the_default(parse):
     found = strategy(parse("fit", "--model=examples.digits.Digits", *options, "--print_config"))
     assert found["class_path"] == "lightning_localsgd.LocalSGDStrategy"
     assert found["init_args"]["period"] == 5
-    assert found["init_args"]["mean"] == {"bucket_mb": 3.0}
+    assert found["init_args"]["mean"] == {"bucket_mb": 3.0, "nonfinite": "raise", "frozen": "send"}
     assert strategy(parse("fit", "--config", DIGITS, "--trainer.strategy=ddp", "--print_config")) == "ddp"
 
 

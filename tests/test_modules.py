@@ -152,6 +152,7 @@ class Adapter(Constant):
     def __init__(self, wrong=False):
         super().__init__()
         self.wrong = wrong
+        self.sent = []  # how many tensors an average after each step would send
         self.late = nn.Parameter(torch.full((1,), 5.0), requires_grad=False)
         self.base = nn.Parameter(torch.arange(10_000.0), requires_grad=False)
 
@@ -169,6 +170,9 @@ class Adapter(Constant):
     def training_step(self, batch, batch_idx):
         return (rank() + 1) * sum(parameter.sum() for parameter in (self.weight, self.late) if parameter.requires_grad)
 
+    def on_train_batch_end(self, *_):
+        self.sent.append(len(self.trainer.strategy.worker.replica.sent()))
+
     def configure_optimizers(self):
         return torch.optim.SGD([self.weight], lr=1.0)
 
@@ -179,17 +183,20 @@ def fit_frozen(frozen):
     with torch.profiler.profile() as profile:
         trainer(2, strategy, callbacks=[trajectory]).fit(model, loader([9, 9]))
     reduces = sum(event.name == "gloo:all_reduce" for event in profile.events())
-    return trajectory.column("weight"), trajectory.column("late"), reduces, state_of(model)
+    return trajectory.column("weight"), trajectory.column("late"), (reduces, model.sent), state_of(model)
 
 
-@pytest.mark.parametrize(("frozen", "reduces"), [("send", 3 * 4), ("skip", 3 * 1)])
-def test_parameters_that_are_unfrozen_or_frozen_within_a_round_are_averaged_at_its_end(frozen, reduces):
+@pytest.mark.parametrize(
+    ("frozen", "reduces", "sent"),
+    [("send", 3 * 4, [3] * 9), ("skip", 3 * 1, [1, 1, 2, 2, 2, 1, 1, 1, 1])],
+)
+def test_parameters_that_are_unfrozen_or_frozen_within_a_round_are_averaged_at_its_end(frozen, reduces, sent):
     (weight, late, calls, state), (other, other_late, _, other_state) = run_workers(fit_frozen, 2, frozen)
     assert weight == [-1, -2, -4.5, -5.5, -5.5, -6, -6, -6, -6]
     assert other == [-2, -4, -4.5, -6.5, -6.5, -6, -6, -6, -6]
     assert late == [5, 5, 3.5, 2.5, 1.5, -1, -2, -3, -5.5]
     assert other_late == [5, 5, 3.5, 1.5, -0.5, -1, -3, -5, -5.5]
-    assert calls == reduces
+    assert calls == (reduces, sent)
     assert same([state, other_state])
 
 

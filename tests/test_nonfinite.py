@@ -101,7 +101,7 @@ class Overflows(Poisoned):
         return super().training_step(batch, batch_idx)
 
 
-def stop(model, mean, folder=None, **options):
+def stop(model, mean, folder=None, lengths=(9, 9), **options):
     """Return how a fit of rounds of 3 steps ends."""
     callbacks = [ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1)] if folder else []
     run = trainer(
@@ -113,7 +113,7 @@ def stop(model, mean, folder=None, **options):
         **options,
     )
     with pytest.raises(RuntimeError) as error:
-        run.fit(model, loader([9] * 2), loader([1] * 2))
+        run.fit(model, loader(list(lengths)), loader([1] * 2))
     return str(error.value), run.global_step, model.weight.item()
 
 
@@ -127,14 +127,15 @@ def stop_all(folder, world):
         stop(Poisoned([(1, 4)]), Mean(), folder + "/8", max_steps=5),  # at the end of the fit
         stop(Poisoned([(1, 4), (0, 3)]), Mean(nonfinite="exclude")),  # nobody is left
         stop(Overflows(), Mean()),
+        stop(Poisoned([(1, 1)]), Mean(), lengths=(9, 2), limit_val_batches=0),  # and it has no more data
     ]
 
 
 def test_all_workers_stop_at_the_same_step_and_nothing_is_poisoned(tmp_path):
     first, second = run_workers(stop_all, 2, str(tmp_path), 2)
-    for (message, step, _), (other, other_step, _) in zip(first, second, strict=True):
-        assert (message, step) == (other, other_step)
-    at_round, at_validation, at_end, nobody_left, buffer = first
+    assert [message for message, _, _ in first] == [message for message, _, _ in second]
+    assert [step for _, step, _ in first[:-1]] == [step for _, step, _ in second[:-1]]
+    at_round, at_validation, at_end, nobody_left, buffer, uneven = first
     # Rank 0, gradient 1, momentum 0.5: -1, -2.5, -4.25; rank 1 twice that; their mean -6.375; then on
     assert [at_round[2], at_validation[2], at_end[2]] == [-6.375 - 1.875 - 1.9375 - 1.96875] + 2 * [-6.375 - 3.8125]
     assert math.isnan(second[0][2])
@@ -147,6 +148,8 @@ def test_all_workers_stop_at_the_same_step_and_nothing_is_poisoned(tmp_path):
     assert "exclude" not in nobody_left[0]
     assert "at step 3" in buffer[0]
     assert "rank 0: `largest`." in buffer[0]
+    assert "at step 3" in uneven[0]
+    assert "rank 1: `weight`." in uneven[0]
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt"))
     assert files == [f"{folder}epoch=0-step=3.ckpt" for folder in ("5/", "8/", "")]
     for file in files:
