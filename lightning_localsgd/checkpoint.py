@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lightning_localsgd._lightning import after_saves
 from lightning_localsgd.header import Header
 
 KEY = "lightning_localsgd"  # our entry in a checkpoint
@@ -217,7 +218,7 @@ class Keeper:
                 self._try(partial(self._write_part, parts))
             self._try(lambda: self._write(order, wish, io) if is_source else None)
         else:
-            self._try(lambda: _later(io, lambda: self._remove(order, io)) if is_source else None)
+            self._try(lambda: after_saves(io, lambda: self._remove(order, io)) if is_source else None)
             if not is_source and self._written.pop(order.path, order) is not order and _exists(order.path):
                 io.remove_checkpoint(order.path)  # on this rank's own disk
         if order.stale is not None and self._first_of_host and not sees_it:
@@ -252,7 +253,7 @@ class Keeper:
                 f"Rank {self._header.rank} has written {order.path}, because rank 0 was elsewhere.", stacklevel=2
             )
         if order.stale is not None:
-            _later(io, partial(_remove_parts, order.stale))
+            after_saves(io, partial(_remove_parts, order.stale))
 
     def _remove(self, order: _Order, io: CheckpointIO) -> None:
         io.remove_checkpoint(order.path)  # first: without its main file a part is nothing
@@ -264,15 +265,6 @@ class Keeper:
 def _remove_parts(parts: Parts) -> None:
     if not parts.are_of_others():
         parts.remove()
-
-
-def _later(io: CheckpointIO, act: Callable[[], None]) -> None:
-    """Act after the saves that are under way in the background, if the IO saves there."""
-    executor = getattr(io, "_executor", None)
-    if executor is None:
-        act()
-    else:
-        executor.submit(act)
 
 
 def _exists(path: str) -> bool:

@@ -34,9 +34,9 @@ class Fit:
         self.waits = False  # its data in this epoch has ended
 
     @property
-    def resumes(self) -> bool:
-        """Whether there is a state that has not been taken up yet."""
-        return self._state is not None
+    def finds_its_place(self) -> bool:
+        """Whether the batches of an epoch are taken up, or will be, where they were left."""
+        return self._stage is not None and not any(follower.why_not for follower in self._followers)
 
     def leave(self) -> None:
         """Undo what was done to the loaders."""

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_localsgd import _callbacks, _lightning
+from lightning_localsgd import _lightning
 from lightning_localsgd.checkpoint import (
     KEY,
     AtomicCheckpointIO,
@@ -140,7 +140,7 @@ class LocalSGD(_Base):
         self._resumed: dict[str, int] | None = None  # the clock of the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
         self._last_clock: dict[str, int] | None = None  # of the last fit, for a checkpoint that is saved after it
-        self._averages: list[_callbacks.Average] = []  # of the callbacks of the fit in progress
+        self._averages: list[_lightning.Average] = []  # of the callbacks of the fit in progress
         self._undo = ExitStack()  # puts back what a fit has wrapped
 
     def __repr__(self) -> str:
@@ -164,7 +164,7 @@ class LocalSGD(_Base):
     def setup_environment(self) -> None:
         super().setup_environment()
         if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
-            self._averages = _callbacks.attach(self._trainer, self._undo)
+            self._averages = _lightning.attach_callbacks(self._trainer, self._undo)
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -380,6 +380,9 @@ class LocalSGD(_Base):
                 "with another epoch: all end their fit here."
             )
         return decision.want is Want.EPOCH
+
+    def finds_its_place(self) -> bool:
+        return self._fit is not None and self._fit.finds_its_place
 
     def starts_batches(self) -> None:
         if self._fit is not None:

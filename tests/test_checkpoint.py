@@ -23,6 +23,9 @@ KEY = "lightning_localsgd"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    # `OnExceptionCheckpoint` makes Lightning look for a checkpoint to go on from.
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
 ]
 
 

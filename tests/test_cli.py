@@ -61,7 +61,7 @@ def checkpoint_of(folder: Path) -> Path:
 @each_config
 def test_a_configuration_trains(train, config):
     checkpoint = torch.load(checkpoint_of(train(config)), weights_only=True)
-    clock = checkpoint["lightning_localsgd"]
+    clock = checkpoint["lightning_localsgd"]["clock"]
     assert checkpoint["global_step"] == clock["start"] + clock["taken"]
     assert clock["round"] > 0
 
@@ -74,9 +74,9 @@ def test_a_saved_configuration_goes_on_from_its_checkpoint(train, config, tmp_pa
     ok(COMMAND, "fit", "--config", folder / "config.yaml", "--ckpt_path", checkpoint_of(folder), *options)
     after = torch.load(checkpoint_of(tmp_path / "lightning_logs" / "version_0"), weights_only=True)
     assert after["global_step"] == 2 * before["global_step"]
-    clock = after["lightning_localsgd"]
+    clock = after["lightning_localsgd"]["clock"]
     assert clock["start"] + clock["taken"] == after["global_step"]
-    assert clock["round"] > before["lightning_localsgd"]["round"]
+    assert clock["round"] > before["lightning_localsgd"]["clock"]["round"]
 
 
 def evaluate(subcommand, folder, tmp_path, workers):

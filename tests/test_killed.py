@@ -28,6 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`ModelCheckpoint.train_time_interval=.*` makes the workers wait"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
 ]
 
 

@@ -14,6 +14,7 @@ from tests.workers import run_workers
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
     pytest.mark.filterwarnings("ignore:Rank . has written"),
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata 0.11 with torch 2.13
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
 ]

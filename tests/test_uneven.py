@@ -119,7 +119,7 @@ def uneven(draw):
     kind = draw(st.sampled_from(["iterable", "map"]))
     known = [options.get("limit_train_batches", 17), *([length - 1 for length in lengths] if kind == "map" else [])]
     if options.get("val_check_interval", 0) > min(known):
-        del options["val_check_interval"]  # more than the batches of an epoch: Lightning refuses it
+        options.pop("val_check_interval", None)  # more than the batches of an epoch: Lightning refuses it
     return {
         "kind": kind,
         "lengths": lengths,

@@ -17,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 _KEY = "lightning_localsgd"  # our entry in a callback's state
 
 
-def attach(trainer: Any, undo: ExitStack) -> "list[Average]":
+def attach_callbacks(trainer: Any, undo: ExitStack) -> "list[Average]":
     """Wrap the callbacks of ``trainer``, before any state is loaded into them; closing ``undo`` undoes it."""
     averages = []
     for callback in trainer.callbacks:

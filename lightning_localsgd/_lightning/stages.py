@@ -1,0 +1,171 @@
+"""The stages of a fit: where one is when a checkpoint is saved, and how loops are taken up again from there."""
+
+from copy import deepcopy
+from enum import Enum
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_localsgd._lightning.loops import of
+
+
+class Stage(Enum):
+    """Where a fit is when a checkpoint is saved."""
+
+    EPOCH_START = "epoch start"  # in the hooks of its start
+    BETWEEN = "between batches"
+    IN_BATCH = "in a batch"
+    BATCH_END = "batch end"  # in the hooks of its end
+    VALIDATION = "validation"  # before its end
+    VALIDATION_END = "validation end"  # in the hooks of its end
+    DATA_OVER = "data over"  # waiting for the other workers
+    EPOCH_END = "epoch end"  # in the hooks of its end
+    AFTER_EPOCH = "after an epoch"
+
+    @property
+    def in_epoch(self) -> bool:
+        """Whether the data of an epoch is being used."""
+        return self not in (Stage.EPOCH_START, Stage.EPOCH_END, Stage.AFTER_EPOCH)
+
+    @property
+    def why_not(self) -> str | None:
+        """Why one cannot go on exactly from here, if one cannot."""
+        if self in (Stage.EPOCH_START, Stage.IN_BATCH, Stage.VALIDATION):
+            where = {
+                Stage.EPOCH_START: "the hooks of an epoch's start",
+                Stage.IN_BATCH: "a training step",
+                Stage.VALIDATION: "validation",
+            }[self]
+            return f"the checkpoint was saved in the middle of {where}"
+        return None
+
+
+def stage(trainer: Trainer, waits: bool) -> Stage:
+    """Return where the fit is; ``waits`` says that this rank's data in the epoch has ended."""
+    loop: Any = trainer.fit_loop
+    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+    validation = loop.epoch_loop.val_loop
+    if trainer.validating:
+        ended = validation._data_fetcher is not None and validation._data_fetcher.done
+        counts = validation.batch_progress.current
+        if not (ended and counts.completed == counts.ready):
+            return Stage.VALIDATION
+        return Stage.DATA_OVER if waits else Stage.VALIDATION_END
+    if epochs.ready > epochs.started:
+        return Stage.EPOCH_START
+    if epochs.processed == epochs.started:
+        return Stage.AFTER_EPOCH if epochs.completed == epochs.processed else Stage.EPOCH_END
+    if waits:
+        return Stage.DATA_OVER
+    if batches.ready > batches.processed:
+        return Stage.IN_BATCH
+    return Stage.BETWEEN if batches.completed == batches.processed else Stage.BATCH_END
+
+
+def own_state(trainer: Trainer, stage: Stage) -> dict[str, Any]:
+    """Return what a checkpoint holds of this rank, whose loops will neither repeat nor leave out a part."""
+    call = of(trainer, "trainer.call")
+    state: dict[str, Any] = {
+        "loops": deepcopy(trainer._checkpoint_connector._get_loops_state_dict()),
+        "callbacks": call._call_callbacks_state_dict(trainer),
+        "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+    }
+    for owner in (trainer.precision_plugin, getattr(trainer, "datamodule", None)):
+        if owner is not None and (of_owner := owner.state_dict()):
+            state[type(owner).__qualname__] = of_owner
+    fit = state["loops"]["fit_loop"]
+    if stage is Stage.BATCH_END:
+        for counts in (fit["epoch_loop.batch_progress"][which] for which in ("total", "current")):
+            counts["completed"] = counts["processed"]
+    if not stage.in_epoch and stage is not Stage.EPOCH_START:
+        for counts in (fit["epoch_progress"][which] for which in ("total", "current")):
+            counts["completed"] = counts["processed"]
+        fit["state_dict"].pop("combined_loader", None)  # loaders begin the next epoch anew
+    return state
+
+
+def loaders(trainer: Trainer) -> list[Any]:
+    """Return the training loaders."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined.flattened
+
+
+def iterators(trainer: Trainer) -> list[Any]:
+    """Return the iterator of each training loader, or None."""
+    combined = trainer.fit_loop._combined_loader
+    here = [] if combined is None or combined._iterator is None else combined._iterator.iterators
+    return [*here, *[None] * (len(loaders(trainer)) - len(here))]
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the gradients of the last batch are kept for the next one."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def fetched(trainer: Trainer) -> tuple[dict[str, Any], str | None]:
+    """Return what the fetcher and the combination of loaders remember, and why it cannot be kept, if so."""
+    loop = trainer.fit_loop
+    fetcher, combined = loop._data_fetcher, loop._combined_loader
+    state = {
+        "ahead": list(getattr(fetcher, "batches", [])),
+        "consumed": list(getattr(getattr(combined, "_iterator", None), "_consumed", [])),
+        "reloaded": loop._last_train_dl_reload_epoch,
+    }
+    if fetcher is not None and not hasattr(fetcher, "batches"):
+        return state, "`training_step(dataloader_iter)` fetches batches itself"
+    return state, None
+
+
+def set_sampler_epochs(trainer: Trainer) -> None:
+    """Tell the samplers the epoch before an iterator is made; Lightning does after."""
+    loop: Any = trainer.fit_loop
+    for loader in loaders(trainer):
+        of(trainer, "loops.fit_loop")._set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+
+
+def take_up_epoch_end(trainer: Trainer, stage: Stage, state: dict[str, Any]) -> None:
+    """Do what was left of an epoch's end when it was saved; what follows is an ordinary next epoch."""
+    loop = trainer.fit_loop
+    trainer._logger_connector._callback_metrics.update(state["logged"])
+    loop._last_train_dl_reload_epoch = state["fetched"]["reloaded"]
+    if stage is Stage.EPOCH_END and loop.epoch_loop._num_ready_batches_reached():
+        loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    if stage is not Stage.EPOCH_START:
+        _forget_resuming(trainer)
+
+
+def take_up_batches(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Let the fetcher and the combination of loaders remember what they did."""
+    loop: Any = trainer.fit_loop
+    fetcher, combined = loop._data_fetcher, loop._combined_loader
+    trainer._logger_connector._callback_metrics.update(state["logged"])
+    loop._last_train_dl_reload_epoch = state["fetched"]["reloaded"]
+    if state["fetched"]["ahead"]:  # put there in place of what has been fetched since
+        combined._load_state_dicts(state["lightning"]["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
+        ahead, fetcher.prefetch_batches = fetcher.prefetch_batches, 0
+        iter(fetcher)
+        fetcher.prefetch_batches, fetcher.batches = ahead, state["fetched"]["ahead"]
+    if state["fetched"]["consumed"]:
+        combined._iterator._consumed = state["fetched"]["consumed"]
+
+
+def take_up_batch(trainer: Trainer, stage: Stage) -> bool:
+    """Return whether a batch is next; make the loops do what was left of the last one if not.
+
+    Raises:
+        StopIteration: if there is none any more in this epoch.
+    """
+    if stage in (Stage.IN_BATCH, Stage.VALIDATION):
+        return True  # as Lightning does it
+    _forget_resuming(trainer)
+    if stage is Stage.DATA_OVER:
+        raise StopIteration
+    trainer.fit_loop.epoch_loop._skip_next_val = stage is Stage.VALIDATION_END
+    return stage not in (Stage.BATCH_END, Stage.VALIDATION_END)
+
+
+def _forget_resuming(trainer: Trainer) -> None:
+    """What follows is done as if there had been no stop."""
+    loop = trainer.fit_loop
+    for one in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        one._restarting = one._loaded_from_state_dict = one._resuming_from_checkpoint = False
