@@ -114,8 +114,13 @@ class Parts:
         """Save one worker's part."""
         write(part | {"id": self.id}, os.path.join(self.folder, self.id, _name(rank)))
 
-    def read(self, rank: int, main: str) -> dict[str, Any]:
+    def read(self, rank: int, main: str, weights_only: bool = True) -> dict[str, Any]:
         """Return one worker's part of the checkpoint whose main file is ``main``.
+
+        Args:
+            rank: the worker's.
+            main: the path of the main file.
+            weights_only: as in ``torch.load``.
 
         Raises:
             FileNotFoundError: if it is neither where it was written nor beside the main file.
@@ -124,9 +129,9 @@ class Parts:
             files, name = url_to_fs(os.path.join(folder, self.id, _name(rank)))
             if files.exists(name):
                 with files.open(name, "rb") as file:
-                    part: dict[str, Any] = torch.load(cast(BinaryIO, file), map_location="cpu", weights_only=True)
+                    part = torch.load(cast(BinaryIO, file), map_location="cpu", weights_only=weights_only)
                 assert part["id"] == self.id
-                return part
+                return cast(dict[str, Any], part)
         raise FileNotFoundError(
             f"The checkpoint {main} is incomplete: rank {rank}'s part {self.id}/{_name(rank)} is neither in "
             f'{self.folder} nor beside it. To go on from its consensus alone, take `checkpoint="consensus"`.'
@@ -135,17 +140,31 @@ class Parts:
     def remove(self) -> None:
         """Remove the parts, as far as this host sees them."""
         files, name = url_to_fs(os.path.join(self.folder, self.id))
-        with suppress(FileNotFoundError):
+        try:
             files.rm(name, recursive=True)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            warnings.warn(f"The parts of a removed checkpoint in {name} could not be removed: {error}.", stacklevel=2)
         with suppress(OSError, NotImplementedError):  # the folder of all parts, if these were the last
             files.rmdir(os.path.dirname(name))
 
-    def are_of_others(self) -> bool:
-        """Whether another checkpoint in the folder, such as a copy, has the same parts."""
-        beside = Path(self.folder).parent
-        if not beside.is_dir():  # elsewhere than on this host: nobody looks
+    def are_of_others(self, path: str) -> bool:
+        """Whether a checkpoint beside ``path``, such as a copy of it, has the same parts, or may have them."""
+        folder = Path(_folder_of(path))
+        if not folder.is_dir():  # a remote one: nobody looks
             return False
-        return any(not file.is_symlink() and Parts.of_file(str(file)) == self for file in beside.glob("*.ckpt"))
+        others = (file for file in folder.glob("*.ckpt") if not file.is_symlink() and file != Path(path).absolute())
+        return any(_may_have(file, self) for file in others)
+
+
+def _may_have(file: Path, parts: Parts) -> bool:
+    try:
+        return Parts.of(torch.load(file, map_location="cpu", mmap=True, weights_only=True)) == parts
+    except FileNotFoundError:
+        return False
+    except Exception:  # something in it that is not plain
+        return True
 
 
 @dataclass(frozen=True)
@@ -215,9 +234,17 @@ class Keeper:
         sees_it = is_source or _exists(order.path)
         if order.saves:
             if (parts := order.parts) is not None:
-                self._try(partial(self._write_part, parts))
+                try:
+                    self._try(partial(self._write_part, parts))
+                except Exception:
+                    if self._first_of_host:
+                        parts.remove()  # they will have no main file
+                    raise
             self._try(lambda: self._write(order, wish, io) if is_source else None)
+            if not is_source:
+                self._written.pop(order.path, None)
         else:
+            self._header.gather(sees_it)  # all have looked
             self._try(lambda: after_saves(io, lambda: self._remove(order, io)) if is_source else None)
             if not is_source and self._written.pop(order.path, order) is not order and _exists(order.path):
                 io.remove_checkpoint(order.path)  # on this rank's own disk
@@ -226,6 +253,8 @@ class Keeper:
 
     def _order(self, wish: Save | Remove) -> _Order:
         stale = self._written[wish.path] if wish.path in self._written else Parts.of_file(wish.path)
+        if stale is not None and stale.are_of_others(wish.path):
+            stale = None
         if isinstance(wish, Remove):
             return _Order(wish.path, False, None, stale)
         return _Order(wish.path, True, Parts.beside(wish.path) if wish.exact else None, stale)
@@ -253,18 +282,13 @@ class Keeper:
                 f"Rank {self._header.rank} has written {order.path}, because rank 0 was elsewhere.", stacklevel=2
             )
         if order.stale is not None:
-            after_saves(io, partial(_remove_parts, order.stale))
+            after_saves(io, order.stale.remove)
 
     def _remove(self, order: _Order, io: CheckpointIO) -> None:
         io.remove_checkpoint(order.path)  # first: without its main file a part is nothing
         self._written.pop(order.path, None)
         if order.stale is not None:
-            _remove_parts(order.stale)
-
-
-def _remove_parts(parts: Parts) -> None:
-    if not parts.are_of_others():
-        parts.remove()
+            order.stale.remove()
 
 
 def _exists(path: str) -> bool:

@@ -47,7 +47,7 @@ def mean_state(
         for entry in entries:
             parameter, key, shape, dtype = entry
             if entry in own:
-                tensor = own[entry].detach().clone(memory_format=torch.contiguous_format)
+                tensor = own[entry].detach().to(device, copy=True, memory_format=torch.contiguous_format)
                 result[parameter][key] = tensor
             else:
                 tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)

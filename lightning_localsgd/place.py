@@ -7,13 +7,16 @@ states, so that it has the same order, and its first indices are dropped without
 
 import io
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+# What loaders, samplers and datasets, torch's and Lightning's, hold the others as.
+_PARTS = {"batch_sampler", "sampler", "_sampler", "dataset", "datasets", "transform", "transforms", "target_transform"}
 
 State = dict[str, Any]  # of tensors, numbers, strings, lists and dicts: loads with `weights_only=True`
 
@@ -47,15 +50,23 @@ def set_random_state(state: State, device: torch.device | None = None, generator
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def generators_of(loader: Any) -> list[Any]:
-    """Return the generator objects that a loader, its samplers and its dataset hold."""
-    batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
-    owners = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None), dataset]
+def generators_of(owner: Any) -> list[Any]:
+    """Return the generator objects that a loader or a dataset holds, also in what it is made of."""
     found: dict[int, Any] = {}
-    for owner in owners:
-        for value in getattr(owner, "__dict__", {}).values():
+    seen: set[int] = set()
+
+    def look(owner: Any) -> None:
+        if id(owner) in seen:
+            return
+        seen.add(id(owner))
+        for name, value in list(getattr(owner, "__dict__", {}).items()):
             if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
                 found.setdefault(id(value), value)
+            elif name in _PARTS:
+                for part in value if isinstance(value, list | tuple) else [value]:
+                    look(part)
+
+    look(owner)
     return list(found.values())
 
 
@@ -195,8 +206,17 @@ class Follower:
         """Make the loader's next iterator go on where it was."""
         if self._indices is not None and "indices" in state:
             self._indices.go_on_from(state["indices"])
-            if self._loader.num_workers > 0 and state["indices"]["skip"]:
-                self._watch = _Watch(self._loader)
+
+    def watch(self, anew: bool) -> None:
+        """Look whether the loader's processes draw random numbers, whose states they would have had before the stop.
+
+        Args:
+            anew: whether a pass begins, for which processes that do not persist start afresh anyway.
+        """
+        if self._indices is None or self._loader.num_workers == 0 or self._watch is not None:
+            return
+        if self._loader.persistent_workers if anew else self._indices.skipped:
+            self._watch = _Watch(self._loader)
 
     def settle(self, state: State) -> None:
         """After the iterator has been made: put the loader's generators where they were."""
@@ -247,7 +267,7 @@ class _Init:
     def __call__(self, worker: int) -> None:
         if self._init is not None:
             self._init(worker)
-        _Collate.before = random_state()
+        _Collate.before = _Collate.now()
 
 
 class _Collate:
@@ -255,12 +275,17 @@ class _Collate:
 
     before: State | None = None  # in a loader's process
 
+    @staticmethod
+    def now() -> State:
+        info = get_worker_info()
+        return random_state(generators=generators_of(info.dataset) if info is not None else ())
+
     def __init__(self, collate: Callable[[Any], Any], flag: Tensor) -> None:
         self._collate, self._flag = collate, flag
 
     def __call__(self, samples: Any) -> Any:
         if _Collate.before is not None:
-            if not _equal(_Collate.before, random_state()):
+            if not _equal(_Collate.before, _Collate.now()):
                 self._flag.fill_(1)
             _Collate.before = None
         return self._collate(samples)
@@ -325,11 +350,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return value if isinstance(value, str) else int(value)
-
-
-def reasons(followers: Iterable[Follower]) -> list[str]:
-    """Return why the place of some of these loaders cannot be kept."""
-    return [why for follower in followers if (why := follower.why_not)]
 
 
 def is_plain(value: Any) -> bool:

@@ -1,16 +1,16 @@
 """WHERE in its fit a worker is, to be kept in its part of a checkpoint, and how a fit goes on from exactly there."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_localsgd import _lightning
 from lightning_localsgd._lightning import Stage
-from lightning_localsgd.place import Follower, State, is_plain, random_state, reasons, set_random_state
+from lightning_localsgd.place import Follower, State, is_plain, random_state, set_random_state
 
 _RANDOM_IN_PROCESSES = "the dataset draws random numbers in the loader's processes, whose states are not kept"
 
@@ -32,6 +32,7 @@ class Fit:
         self._followers: list[Follower] = []
         self._watches = False
         self.waits = False  # its data in this epoch has ended
+        self.validates = False  # validation has begun
 
     @property
     def finds_its_place(self) -> bool:
@@ -49,10 +50,11 @@ class Fit:
     def state(self) -> State:
         """Return where the fit is."""
         trainer = self._trainer
-        stage = _lightning.stage(trainer, self.waits)
+        stage = _lightning.stage(trainer, self.waits, self.validates)
         why_not = [] if stage.why_not is None else [stage.why_not]
         if stage.in_epoch:
-            why_not += reasons(self._followers)
+            why_not += [why for follower in self._followers if (why := follower.why_not)]
+        why_not += _lightning.forgotten(trainer, stage)
         fetched, why = _lightning.fetched(trainer)
         why_not += [why] if why else []
         if fetched["ahead"] and not is_plain(fetched["ahead"]):
@@ -84,9 +86,15 @@ class Fit:
         if self._state is None or self._stage is None:
             return
         _lightning.set_sampler_epochs(self._trainer)
-        if self._stage.in_epoch and len(self._followers) == len(self._state["data"]):
-            for follower, state in zip(self._followers, self._state["data"], strict=True):
-                follower.go_on_from(state)
+        if self._stage.in_epoch:
+            self._find_places()
+        for follower in self._followers:
+            follower.watch(anew=not self._stage.in_epoch)
+
+    def _find_places(self) -> None:
+        assert self._state is not None
+        for follower, state in zip(self._followers, self._state["data"], strict=False):
+            follower.go_on_from(state)
 
     def starts_epoch(self) -> None:
         """An epoch begins or is taken up; its hooks have not been called."""
@@ -97,7 +105,7 @@ class Fit:
     def starts_batches(self) -> None:
         """The batches of an epoch begin or are taken up."""
         if self._state is not None:
-            _lightning.take_up_batches(self._trainer, self._state)
+            _lightning.take_up_batches(self._trainer, self._state, self._find_places)
             self._settle()
 
     def _settle(self) -> None:
@@ -114,11 +122,8 @@ class Fit:
         for index, gradient in state["gradients"].items():
             parameters[index].grad = gradient.to(parameters[index].device)
         set_random_state(state["random"], self._device)
-        why_not = list(state["why_not"])
         if len(self._followers) != len(state["data"]):
-            why_not.append(f"there were {len(state['data'])} loaders and are {len(self._followers)}")
-        if why_not:
-            say_not_exact(why_not)
+            say_not_exact([f"there were {len(state['data'])} loaders and are {len(self._followers)}"])
         self._state = None
         self._watches = True
 
@@ -141,9 +146,12 @@ class Fit:
             follower.stop_watching()
 
 
-def say_not_exact(why: list[str]) -> None:
-    """Say once that a run does not go on bit for bit, and why."""
-    rank_zero_warn(f"The run does not go on exactly as it would have without the stop: {'; '.join(why)}.")
+def say_not_exact(why: Iterable[str]) -> None:
+    """Say that a run does not go on bit for bit, and why."""
+    warnings.warn(
+        f"The run does not go on exactly as it would have without the stop: {'; '.join(dict.fromkeys(why))}.",
+        stacklevel=2,
+    )
 
 
 def _gradients(module: nn.Module) -> dict[int, Tensor]:
@@ -162,6 +170,8 @@ def _set_metric_state(metric: Metric, state: State) -> None:
     metric._update_count, metric._computed = state["updates"], None
     for name, value in state["values"].items():
         old = getattr(metric, name)
-        if isinstance(value, Tensor) and isinstance(old, Tensor):
+        if isinstance(value, list):
+            value = [item.to(metric.device) for item in value]
+        elif isinstance(old, Tensor):
             value = value.to(old.device)
         setattr(metric, name, value)

@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from lightning_localsgd import LocalSGDStrategy, Mean
-from tests.models import optimizer, rank, trainer
+from tests.models import optimizer, trainer
 
 
 class Points(Dataset):
@@ -131,9 +131,12 @@ def model_of(case):
             if case.manual:
                 return [optimizer(case.optimizer, self.net[i].parameters()) for i in (0, -1)]
             made = optimizer(case.optimizer, self.parameters())
-            if case.scheduler == "plateau":
+            if case.scheduler is not None and case.scheduler.startswith("plateau"):
                 plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(made, patience=0, threshold=10.0)
-                return {"optimizer": made, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+                return {
+                    "optimizer": made,
+                    "lr_scheduler": {"scheduler": plateau, "monitor": case.scheduler[11:] or "val_loss"},
+                }
             if case.scheduler == "step":
                 step = torch.optim.lr_scheduler.StepLR(made, 3, 0.7)
                 return {"optimizer": made, "lr_scheduler": {"scheduler": step, "interval": "step"}}
@@ -143,7 +146,7 @@ def model_of(case):
 
 
 def loader_of(case):
-    batches = case.batches if case.lengths is None else case.lengths[rank()]
+    batches = case.batches if case.lengths is None else case.lengths[int(os.environ["LOCAL_RANK"])]
     if case.stream:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -157,6 +160,14 @@ def loader_of(case):
     if "combined" in case.data:
         short, long = (DataLoader(Points(2 * size, case.transform), 2, shuffle=True) for size in (3, batches))
         return CombinedLoader({"a": short, "b": long}, case.data["combined"])
+    if "and stream" in case.data:
+        map_style = DataLoader(Points(2 * batches, case.transform), 2, shuffle=True)
+        return {"a": map_style, "b": loader_of(replace(case, stream="stateful", data={}))}
+    if "weighted" in case.data:
+        weights = [1.0 + index for index in range(2 * batches)]
+        points = Points(len(weights), case.transform)
+        generator = torch.Generator().manual_seed(7)
+        return DataLoader(points, 2, sampler=WeightedRandomSampler(weights, len(weights), generator=generator))
     if "generator" in case.data:
         generator = torch.Generator().manual_seed(7)
         points = Points(2 * batches, case.transform)

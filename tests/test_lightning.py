@@ -119,7 +119,14 @@ PACKAGE = sorted(Path(_lightning.__file__).parent.parent.rglob("*.py"))
 PRIVATE_MODULES = re.compile(r"(lightning\.pytorch|pytorch_lightning)\.(trainer\.(call|connectors)|loops)")
 LOOPS = {"fit_loop", "epoch_loop", "val_loop"}
 INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model"}  # the strategy's own, from `DDPStrategy`
-NOT_LIGHTNINGS = {"_getframe", "_version", "_foreach_copy_", "_update_count", "_computed"}  # Python's and torch's
+NOT_LIGHTNINGS = {
+    "_getframe",
+    "_version",
+    "_foreach_copy_",
+    "_foreach_norm",
+    "_update_count",
+    "_computed",
+}  # Python's and torch's
 
 
 def nodes_of(path):

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Rank . reached a validation in mid-epoch"),
     pytest.mark.filterwarnings("ignore:Rank . has written"),
     pytest.mark.filterwarnings("ignore:Some ranks have ended their fit"),
-    pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero"),
+    pytest.mark.filterwarnings("ignore:Total length of `.*Loader` across ranks is zero"),
 ]
 
 

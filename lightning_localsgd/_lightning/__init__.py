@@ -17,7 +17,9 @@ from lightning_localsgd._lightning.loops import with_default_io as with_default_
 from lightning_localsgd._lightning.stages import Stage as Stage
 from lightning_localsgd._lightning.stages import accumulates as accumulates
 from lightning_localsgd._lightning.stages import fetched as fetched
+from lightning_localsgd._lightning.stages import forgotten as forgotten
 from lightning_localsgd._lightning.stages import iterators as iterators
+from lightning_localsgd._lightning.stages import limit_is_reached as limit_is_reached
 from lightning_localsgd._lightning.stages import loaders as loaders
 from lightning_localsgd._lightning.stages import own_state as own_state
 from lightning_localsgd._lightning.stages import set_sampler_epochs as set_sampler_epochs

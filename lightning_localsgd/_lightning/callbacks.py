@@ -21,11 +21,11 @@ def attach_callbacks(trainer: Any, undo: ExitStack) -> "list[Average]":
     """Wrap the callbacks of ``trainer``, before any state is loaded into them; closing ``undo`` undoes it."""
     averages = []
     for callback in trainer.callbacks:
-        if _is_a(callback, "WeightAveraging"):  # since lightning 2.6
+        if is_a(callback, "WeightAveraging"):  # since lightning 2.6
             averages.append(Average(callback, trainer, undo))
-        elif _is_a(callback, "StochasticWeightAveraging"):
+        elif is_a(callback, "StochasticWeightAveraging"):
             _attach_swa(callback, trainer, undo)
-        elif _is_a(callback, "ModelPruning"):
+        elif is_a(callback, "ModelPruning"):
             _attach_pruning(callback, trainer, undo)
     return averages
 
@@ -169,7 +169,7 @@ def _attach_pruning(callback: Any, trainer: Any, undo: ExitStack) -> None:
         start = _wrap(undo, callback, "on_train_start", on_train_start)
 
 
-def _is_a(callback: object, name: str) -> bool:
+def is_a(callback: object, name: str) -> bool:
     """Whether it is Lightning's callback of this name, from either of its packages, or a subclass of it."""
     homes = ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks")
     return any(base.__name__ == name and base.__module__.startswith(homes) for base in type(callback).__mro__)

@@ -1,11 +1,14 @@
 """The stages of a fit: where one is when a checkpoint is saved, and how loops are taken up again from there."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from enum import Enum
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_localsgd._lightning.callbacks import is_a
 from lightning_localsgd._lightning.loops import of
 
 
@@ -40,17 +43,25 @@ class Stage(Enum):
         return None
 
 
-def stage(trainer: Trainer, waits: bool) -> Stage:
-    """Return where the fit is; ``waits`` says that this rank's data in the epoch has ended."""
+def stage(trainer: Trainer, waits: bool, validates: bool) -> Stage:
+    """Return where the fit is.
+
+    Args:
+        trainer: whose fit it is.
+        waits: whether this rank's data in the epoch has ended.
+        validates: whether validation has begun and not ended.
+    """
     loop: Any = trainer.fit_loop
     epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
     validation = loop.epoch_loop.val_loop
-    if trainer.validating:
+    if validates:
         ended = validation._data_fetcher is not None and validation._data_fetcher.done
         counts = validation.batch_progress.current
-        if not (ended and counts.completed == counts.ready):
+        if not (ended and counts.completed == counts.ready and not validation._logged_outputs):
             return Stage.VALIDATION
         return Stage.DATA_OVER if waits else Stage.VALIDATION_END
+    if trainer.validating:  # it is about to begin
+        return Stage.DATA_OVER if waits else Stage.BATCH_END
     if epochs.ready > epochs.started:
         return Stage.EPOCH_START
     if epochs.processed == epochs.started:
@@ -82,6 +93,38 @@ def own_state(trainer: Trainer, stage: Stage) -> dict[str, Any]:
             counts["completed"] = counts["processed"]
         fit["state_dict"].pop("combined_loader", None)  # loaders begin the next epoch anew
     return state
+
+
+def forgotten(trainer: Trainer, stage: Stage) -> list[str]:
+    """Return why Lightning itself does not go on exactly from this stage."""
+    why_not = []
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if stage.in_epoch:
+        metrics = trainer.fit_loop.epoch_loop._results.result_metrics
+        sums = {metric.meta.name for metric in metrics if metric.meta.on_epoch}
+        plateaus = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        stops = [callback.monitor for callback in callbacks if is_a(callback, "EarlyStopping")]
+        why_not += [
+            f"`{name}` of this epoch, which decides on the training, counts only the batches after the resume"
+            for name in sorted(sums.intersection(plateaus + stops))
+        ]
+        if any(is_a(callback, "StochasticWeightAveraging") and callback._initialized for callback in callbacks):
+            why_not.append("`StochasticWeightAveraging` takes up its learning rate at the start of an epoch only")
+    elif trainer.limit_train_batches != 1.0 and not all(map(_begins_anew, loaders(trainer))):
+        why_not.append("an epoch that is cut short leaves an iterable dataset where only the dataset knows")
+    return why_not
+
+
+def _begins_anew(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def limit_is_reached(trainer: Trainer, lightning: dict[str, Any]) -> bool:
+    """Whether the loops of :func:`own_state` have no step left."""
+    fit = lightning["loops"]["fit_loop"]
+    automatic = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    manual = fit["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
+    return bool(0 <= trainer.max_steps <= max(automatic, manual))
 
 
 def loaders(trainer: Trainer) -> list[Any]:
@@ -134,14 +177,21 @@ def take_up_epoch_end(trainer: Trainer, stage: Stage, state: dict[str, Any]) -> 
         _forget_resuming(trainer)
 
 
-def take_up_batches(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Let the fetcher and the combination of loaders remember what they did."""
+def take_up_batches(trainer: Trainer, state: dict[str, Any], find_places: Callable[[], None]) -> None:
+    """Let the fetcher and the combination of loaders remember what they did.
+
+    Args:
+        trainer: whose fit it is.
+        state: of the fit that goes on.
+        find_places: makes the next iterators go on where they were.
+    """
     loop: Any = trainer.fit_loop
     fetcher, combined = loop._data_fetcher, loop._combined_loader
     trainer._logger_connector._callback_metrics.update(state["logged"])
     loop._last_train_dl_reload_epoch = state["fetched"]["reloaded"]
     if state["fetched"]["ahead"]:  # put there in place of what has been fetched since
         combined._load_state_dicts(state["lightning"]["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
+        find_places()
         ahead, fetcher.prefetch_batches = fetcher.prefetch_batches, 0
         iter(fetcher)
         fetcher.prefetch_batches, fetcher.batches = ahead, state["fetched"]["ahead"]
