@@ -132,10 +132,11 @@ def model_of(case):
                 return [optimizer(case.optimizer, self.net[i].parameters()) for i in (0, -1)]
             made = optimizer(case.optimizer, self.parameters())
             if case.scheduler is not None and case.scheduler.startswith("plateau"):
+                monitor = case.scheduler.removeprefix("plateau on ") if "on" in case.scheduler else "val_loss"
                 plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(made, patience=0, threshold=10.0)
                 return {
                     "optimizer": made,
-                    "lr_scheduler": {"scheduler": plateau, "monitor": case.scheduler[11:] or "val_loss"},
+                    "lr_scheduler": {"scheduler": plateau, "monitor": monitor},
                 }
             if case.scheduler == "step":
                 step = torch.optim.lr_scheduler.StepLR(made, 3, 0.7)
@@ -263,7 +264,7 @@ def go_on(case, folder, saver, other=None):
     digests, end, _ = run(case, folder, saver)
     if dist.is_initialized():
         dist.barrier()  # until the last file is there
-    files = sorted(Path(folder).glob("*.ckpt"), key=lambda file: int(file.stem.partition("=")[2]))
+    files = sorted(Path(folder).glob("*.ckpt"), key=os.path.getmtime)
     assert len(files) > 1
     found = []
     for file in files[:-1]:
@@ -271,7 +272,7 @@ def go_on(case, folder, saver, other=None):
             warnings.simplefilter("always")
             again, again_end, loaded = run(case if other is None else other, resume=str(file))
         numbers = [key for key in again if key != "end"]
-        expected = later(digests, min(numbers, default=0))
+        expected = later(digests, min(numbers)) if numbers else {key: digests[key] for key in again}
         differ = [key for key in expected.keys() | again.keys() if expected.get(key) != again.get(key)]
         differ += [] if end == again_end else ["after"]
         said = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]

@@ -126,6 +126,7 @@ NOT_LIGHTNINGS = {
     "_foreach_norm",
     "_update_count",
     "_computed",
+    "_replace",
 }  # Python's and torch's
 
 
