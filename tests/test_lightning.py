@@ -118,16 +118,10 @@ def test_nothing_is_lost_without_a_broadcast_before_each_batch():
 PACKAGE = sorted(Path(_lightning.__file__).parent.parent.rglob("*.py"))
 PRIVATE_MODULES = re.compile(r"(lightning\.pytorch|pytorch_lightning)\.(trainer\.(call|connectors)|loops)")
 LOOPS = {"fit_loop", "epoch_loop", "val_loop"}
-INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model"}  # the strategy's own, from `DDPStrategy`
-NOT_LIGHTNINGS = {
-    "_getframe",
-    "_version",
-    "_foreach_copy_",
-    "_foreach_norm",
-    "_update_count",
-    "_computed",
-    "_replace",
-}  # Python's and torch's
+# The strategy's own, from `DDPStrategy`.
+INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model", "_process_group_backend"}
+# Python's, torch's and torchmetrics'.
+NOT_LIGHTNINGS = {"_getframe", "_replace", "_version", "_foreach_copy_", "_foreach_norm", "_update_count", "_computed"}
 
 
 def nodes_of(path):
