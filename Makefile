@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 python := $(VENV)/bin/python
-CASES ?= 100
+CASES ?= 200
 install := $(python) -m pip install --constraint constraints.txt
 
 .DELETE_ON_ERROR:
@@ -19,7 +19,7 @@ demo: $(VENV)/.examples ## train the digits example with two workers and print i
 test: $(VENV)/.dev ## run the whole fast suite
 	$(python) -m pytest
 
-soak: $(VENV)/.dev ## run what takes long, a night's work with CASES=1000: new random cases in each drawn test
+soak: $(VENV)/.dev ## run what takes long: new random cases in each drawn test (CASES=200), kills at random moments
 	$(python) -m pytest --soak $(CASES) -m "soak or drawn"
 
 matrix: $(VENV)/.dev ## run the suite with the oldest and the newest versions that we support

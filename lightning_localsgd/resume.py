@@ -5,11 +5,14 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_localsgd import _lightning
 from lightning_localsgd._lightning import Stage
+from lightning_localsgd.checkpoint import KEY, Parts
+from lightning_localsgd.header import Header
 from lightning_localsgd.place import Follower, State, is_plain, random_state, set_random_state
 
 _RANDOM_IN_PROCESSES = "the dataset draws random numbers in the loader's processes, whose states are not kept"
@@ -144,6 +147,60 @@ class Fit:
         self._stage, self._watches, self.waits = None, False, True
         for follower in self._followers:
             follower.stop_watching()
+
+
+def read_part(checkpoint: State, path: str, rank: int, workers: int, weights_only: bool | None) -> State | None:
+    """Return a worker's part of a checkpoint, or None, and say why, if a run cannot go on exactly from it.
+
+    Args:
+        checkpoint: what is in its main file ``path``.
+        path: of the main file.
+        rank: the worker's.
+        workers: their number.
+        weights_only: as in ``Trainer.fit``.
+
+    Raises:
+        FileNotFoundError: if the part is missing.
+    """
+    entry, parts = checkpoint.get(KEY, {}), Parts.of(checkpoint)
+    if "clock" not in entry:
+        why_not = "it was saved by another strategy"
+    elif parts is None:
+        why_not = 'no worker has kept its part of it, as they do in training with `checkpoint="exact"`'
+    elif entry["workers"] != workers:
+        why_not = f"it was saved by {entry['workers']} workers, and these are {workers}"
+    else:
+        return parts.read(rank, path, weights_only is not False)
+    rank_zero_warn(f"All workers start a new round at the consensus in {path}: {why_not}.")
+    return None
+
+
+def all_go_on_from(part: State, checkpoint: State, path: str, setting: State, trainer: Trainer, header: Header) -> bool:
+    """Return whether all workers can go on from their parts, and let rank 0 say in what that is not exact.
+
+    Args:
+        part: this worker's.
+        checkpoint: what is in the main file ``path``.
+        path: of the main file.
+        setting: what must be as it was for the order of summation to be.
+        trainer: whose fit goes on.
+        header: how the workers hear of each other.
+    """
+    over = _lightning.limit_is_reached(trainer, part["fit"]["lightning"])
+    overs, reasons = zip(*header.gather((over, part["fit"]["why_not"])), strict=True)
+    if len(set(overs)) > 1:
+        done = [rank for rank, over in enumerate(overs) if over]
+        rank_zero_warn(
+            f"All workers start a new round at the consensus in {path}: `max_steps` was reached by the ranks {done} "
+            "and not by the others."
+        )
+        return False
+    was = checkpoint[KEY]
+    why_not = [why for of_rank in reasons for why in of_rank]
+    why_not += [f"`{name}` was {was[name]!r} and is {now!r}" for name, now in setting.items() if was[name] != now]
+    if why_not and header.rank == 0:
+        say_not_exact(why_not)
+    return True
 
 
 def say_not_exact(why: Iterable[str]) -> None:

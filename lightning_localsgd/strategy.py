@@ -29,7 +29,6 @@ from lightning_localsgd.checkpoint import (
     KEY,
     AtomicCheckpointIO,
     Keeper,
-    Parts,
     Remove,
     Save,
     one_workers_path,
@@ -41,7 +40,7 @@ from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import load_as_it_was, mean_state
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.replica import Replica
-from lightning_localsgd.resume import Fit, say_not_exact
+from lightning_localsgd.resume import Fit, all_go_on_from, read_part
 from lightning_localsgd.schedule import Clock, Every, Schedule
 from lightning_localsgd.worker import Worker
 
@@ -566,12 +565,12 @@ class LocalSGD(_Base):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self._trainer.state.fn != TrainerFn.FITTING:
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        checkpoint, part, error = {}, None, None
+        checkpoint, part, error, path = {}, None, None, str(checkpoint_path)
         try:
             checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-            refuse_one_worker(checkpoint, str(checkpoint_path))
+            refuse_one_worker(checkpoint, path)
             if self._exact and self._worker is None:
-                part = self._read_part(checkpoint, str(checkpoint_path), kwargs.get("weights_only"))
+                part = read_part(checkpoint, path, self.global_rank, self.world_size, kwargs.get("weights_only"))
         except Exception as this:
             error = this
         self._talk().agree(error)
@@ -579,45 +578,10 @@ class LocalSGD(_Base):
         self._resumed = Clock.new_round(entry["clock"]) if "clock" in entry else None
         if self._worker is not None:  # the learning rate finder goes back to where it was
             self._restart()
-        elif part is not None:
-            self._go_on_from(part, checkpoint, str(checkpoint_path))
+        elif part is not None and all_go_on_from(part, checkpoint, path, self._setting(), self._trainer, self._talk()):
+            checkpoint |= part["fit"]["lightning"] | {"optimizer_states": part["optimizers"]}
+            self._part, self._resumed = part, part["worker"]["clock"]
         return checkpoint
-
-    def _read_part(self, checkpoint: dict[str, Any], path: str, weights_only: bool | None) -> dict[str, Any] | None:
-        """Return this worker's part of a checkpoint, if it has one for as many workers as these."""
-        entry, parts = checkpoint.get(KEY, {}), Parts.of(checkpoint)
-        if "clock" not in entry:
-            why_not = "it was saved by another strategy"
-        elif parts is None:
-            why_not = 'no worker has kept its part of it, as they do in training with `checkpoint="exact"`'
-        elif entry["workers"] != self.world_size:
-            why_not = f"it was saved by {entry['workers']} workers, and these are {self.world_size}"
-        else:
-            return parts.read(self.global_rank, path, weights_only is not False)
-        rank_zero_warn(f"All workers start a new round at the consensus in {path}: {why_not}.")
-        return None
-
-    def _go_on_from(self, part: dict[str, Any], checkpoint: dict[str, Any], path: str) -> None:
-        """Go on from this worker's part, if all workers can, and say where that is not exact."""
-        over = _lightning.limit_is_reached(self._trainer, part["fit"]["lightning"])
-        overs, reasons = zip(*self._talk().gather((over, part["fit"]["why_not"])), strict=True)
-        if len(set(overs)) > 1:
-            rank_zero_warn(
-                f"All workers start a new round at the consensus in {path}: `max_steps` was reached by the ranks "
-                f"{[rank for rank, over in enumerate(overs) if over]} and not by the others."
-            )
-            return
-        why_not = [why for of_rank in reasons for why in of_rank]
-        entry, setting = checkpoint[KEY], self._setting()
-        why_not += [
-            f"`{name}` was {entry[name]!r} and is {setting[name]!r}"
-            for name in ("bucket_mb", "backend")
-            if entry[name] != setting[name]
-        ]
-        if why_not and self.is_global_zero:
-            say_not_exact(why_not)
-        checkpoint |= part["fit"]["lightning"] | {"optimizer_states": part["optimizers"]}
-        self._part, self._resumed = part, part["worker"]["clock"]
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)

@@ -19,7 +19,7 @@ SIGTERM, REQUEUE = 1, 2  # bits of `Message.signals`
 _GRACE = 5.0  # seconds for the processes of a launcher to say why they end; as long as Lightning gives them
 
 
-class Fit(Protocol):
+class Hooks(Protocol):
     """What the strategy does at the places that it has no hook for."""
 
     def starts_epoch(self) -> bool:
@@ -56,7 +56,7 @@ class Fit(Protocol):
         """In a signal handler: take note."""
 
 
-def attach(trainer: Trainer, fit: Fit) -> ExitStack:
+def attach(trainer: Trainer, hooks: Hooks) -> ExitStack:
     """Wrap the loops of ``trainer``; closing the result undoes it.
 
     Raises:
@@ -85,36 +85,36 @@ def attach(trainer: Trainer, fit: Fit) -> ExitStack:
     signals = getattr(trainer, "_signal_connector", None)
 
     def on_advance_start() -> None:
-        if not fit.starts_epoch():
+        if not hooks.starts_epoch():
             raise StopIteration  # as if the loop had been left here
         advance_start()
 
     def run_epoch(data_fetcher: Any) -> None:
-        fit.starts_batches()
+        hooks.starts_batches()
         epoch(data_fetcher)
-        fit.ends_epoch()
+        hooks.ends_epoch()
 
     def reset_epoch() -> None:
         with warnings.catch_warnings():
-            if fit.finds_its_place():  # which Lightning does not know
+            if hooks.finds_its_place():  # which Lightning does not know
                 warnings.filterwarnings(
                     "ignore", message="You're resuming from a checkpoint that ended before the epoch"
                 )
             reset()
 
     def run_batch(data_fetcher: Any) -> None:
-        if fit.before_batch():
+        if hooks.before_batch():
             batch(data_fetcher)
 
     def load_loaders() -> None:
-        fit.has_loaders()
+        hooks.has_loaders()
         load_loader_states()
 
     def run_validation() -> Any:
-        return fit.validates(validation)
+        return hooks.validates(validation)
 
     def on_run_end() -> None:
-        fit.ends_fit()
+        hooks.ends_fit()
         run_end()
 
     def setup_data() -> None:
@@ -124,18 +124,18 @@ def attach(trainer: Trainer, fit: Fit) -> ExitStack:
         lenient = any(getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False) for owner in owners)
         if lenient and loop._combined_loader is not before:
             here = loop.max_batches > 0
-            if fit.has_data_somewhere(here) and not here:
+            if hooks.has_data_somewhere(here) and not here:
                 loop.max_batches = float("inf")  # epochs without a batch, in step with the others, not no epochs
         if before is None and loop.skip:
-            fit.ends_untrained()
+            hooks.ends_untrained()
 
     def on_sigterm(signum: int, _: FrameType | None) -> None:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
-        fit.receives(SIGTERM)
+        hooks.receives(SIGTERM)
 
     def on_requeue(_: int, __: FrameType | None) -> None:
-        fit.receives(REQUEUE)
+        hooks.receives(REQUEUE)
 
     advance_start = wrap(loop, "on_advance_start", on_advance_start, "start each epoch together")
     epoch = wrap(epoch_loop, "run", run_epoch, "answer each other when the data of one has ended")
