@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lightning_localsgd import LocalSGDStrategy, Mean
 from tests.models import optimizer, trainer
+from tests.versions import WEIGHTS_ONLY
 
 
 class Points(Dataset):
@@ -244,7 +245,7 @@ def run(case, folder=None, saver=None, resume=None, callbacks=()):
         **options,
     )
     val = DataLoader(Points(4), batch_size=2) if validates else None
-    fit.fit(model, loader, val, ckpt_path=resume, **({"weights_only": True} if resume else {}))
+    fit.fit(model, loader, val, ckpt_path=resume, **(WEIGHTS_ONLY if resume else {}))
     loaded = getattr(loader.dataset, "loaded", None) if isinstance(loader, DataLoader) else None
     return digests.by_batch, digest(model, []), loaded
 

@@ -17,6 +17,7 @@ from lightning_localsgd import LocalSGDStrategy, adopt_replica
 from lightning_localsgd.checkpoint import AtomicCheckpointIO, write
 from tests.models import Regression, rank, same, state_of, trainer
 from tests.resume import Points
+from tests.versions import WEIGHTS_ONLY
 from tests.workers import run_workers
 
 KEY = "lightning_localsgd"
@@ -45,7 +46,7 @@ def fit(folder, saver=None, *, exact=True, resume=None, workers=2, plugins=None,
     torch.manual_seed(int(os.environ["LOCAL_RANK"]))
     module = model("adamw")
     data = DataLoader(Points(2 * steps), batch_size=2, shuffle=True)
-    run.fit(module, data, ckpt_path=resume, weights_only=True)
+    run.fit(module, data, ckpt_path=resume, **WEIGHTS_ONLY)
     return state_of(module)
 
 
