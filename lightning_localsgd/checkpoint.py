@@ -176,12 +176,14 @@ class Save:
         checkpoint: what; the source's is written. Its entry gets the id of the parts.
         options: Lightning's storage options.
         exact: whether each worker keeps its part.
+        common: returns what else belongs into its entry; only the source is asked.
     """
 
     path: str
     checkpoint: dict[str, Any]
     options: Any
     exact: bool
+    common: Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,7 @@ class Keeper:
 
     def _write(self, order: _Order, wish: Save | Remove | None, io: CheckpointIO) -> None:
         assert isinstance(wish, Save)
+        wish.checkpoint[KEY] |= wish.common()
         if order.parts is not None:
             wish.checkpoint[KEY] |= {"id": order.parts.id, "folder": order.parts.folder}
         io.save_checkpoint(wish.checkpoint, wish.path, storage_options=wish.options)

@@ -9,7 +9,7 @@ serves the want of at least one rank, or all ranks raise the same error.
 import operator
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from datetime import timedelta
 from enum import IntEnum
 from functools import reduce
@@ -17,7 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
+
+from lightning_localsgd.progress import Report
 
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
@@ -38,13 +41,15 @@ class Want(IntEnum):
     MOMENTS = 6  # look at the mean of an optimizer's moments; the others only contribute
     VALIDATE = 7  # done by all, or put off to the end of the epoch
     ALL_GATHER = 8  # Lightning's, whose result has a row for each rank: done by all or not at all
-    ROUND = 9  # end of a round: average, for all
-    SIGNAL = 10  # act on a signal that the last header told
-    STEP = 11  # first forward of a step that averages gradients: by all or not at all
-    ENDED = 12  # no more data in this epoch; waits for the others
-    EPOCH = 13  # start of an epoch
-    OVER = 14  # this rank's fit is over; waits for the others
-    LEAVE = 15  # last word of the fit, after all `on_train_end` hooks
+    PLAN = 9  # first step of a round whose length depends on the learning rate: plan it
+    CHECK = 10  # inside a round: does it end here?
+    ROUND = 11  # end of a round: average, for all
+    SIGNAL = 12  # act on a signal that the last header told
+    STEP = 13  # first forward of a step that averages gradients: by all or not at all
+    ENDED = 14  # no more data in this epoch; waits for the others
+    EPOCH = 15  # start of an epoch
+    OVER = 16  # this rank's fit is over; waits for the others
+    LEAVE = 17  # last word of the fit, after all `on_train_end` hooks
 
     @property
     def waits(self) -> bool:
@@ -60,7 +65,7 @@ class Want(IntEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """What one rank says: a fixed number of integers.
+    """What one rank says: a fixed number of numbers.
 
     Args:
         want: what it wants.
@@ -73,6 +78,7 @@ class Message:
         frozen: a digest of the part of its replica that is not sent, or 0.
         bad: the place of the first tensor of its replica that is not finite, from 1; 0 if it is finite.
         loss_scale: a number for the loss scale of its GradScaler, the smaller the smaller; 0 if it has none.
+        report: what it has measured, for the schedule.
     """
 
     want: Want
@@ -85,6 +91,23 @@ class Message:
     frozen: int = 0
     bad: int = 0
     loss_scale: int = 0
+    report: Report = field(default_factory=Report)
+
+    def row(self) -> Tensor:
+        """Return the message as it travels: 64 bits for each number."""
+        *integers, _ = (getattr(self, name) for name in _NAMES)
+        floats = torch.tensor(astuple(self.report), dtype=torch.float64)
+        return torch.cat([torch.tensor([int(value) for value in integers]), floats.view(torch.int64)])
+
+    @classmethod
+    def of(cls, row: Tensor) -> "Message":
+        """Return the message that has travelled so."""
+        count = len(_NAMES) - 1
+        want, *integers = row[:count].tolist()
+        return replace(cls(Want(want), *integers), report=Report(*row[count:].view(torch.float64).tolist()))
+
+
+_NAMES = tuple(Message.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,7 @@ class Decision:
         bad: for each rank the place of the first tensor that is not finite, from 1, or 0.
         loss_scales: for each rank a number for its loss scale, or 0.
         left_out: the ranks whose weight has been set to 0 because they are not finite.
+        reports: for each rank what it has measured.
     """
 
     want: Want
@@ -114,6 +138,7 @@ class Decision:
     bad: tuple[int, ...] = ()
     loss_scales: tuple[int, ...] = ()
     left_out: tuple[int, ...] = ()
+    reports: tuple[Report, ...] = ()
 
     @property
     def unanimous(self) -> bool:
@@ -182,6 +207,7 @@ def decide(messages: Sequence[Message]) -> Decision:
         signals=reduce(operator.or_, (message.signals for message in messages)),
         bad=tuple(message.bad for message in messages),
         loss_scales=tuple(message.loss_scale for message in messages),
+        reports=tuple(message.report for message in messages),
     )
 
 
@@ -205,7 +231,7 @@ class Header:
         """Send ``message``, receive those of all ranks, and return what follows from them."""
         if self._group is None:
             return decide([message])
-        mine = torch.tensor([int(value) for value in astuple(message)], dtype=torch.int64)
+        mine = message.row()
         rows = torch.empty(self.size, len(mine), dtype=torch.int64)
         who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
         with torch.profiler.record_function("localsgd::header"), explained(who):
@@ -216,7 +242,7 @@ class Header:
                 if not self._work.is_completed():
                     self.look(who)
             self._work.wait()  # raises if it has failed
-        return decide([Message(Want(want), *rest) for want, *rest in rows.tolist()])
+        return decide([Message.of(row) for row in rows])
 
     # After a header, what is said in so many words, by all ranks at once.
 
@@ -329,6 +355,8 @@ _DOING = {
     Want.MOMENTS: "looks at the mean of the optimizers' moments",
     Want.VALIDATE: "validates",
     Want.ALL_GATHER: "calls `all_gather`",
+    Want.PLAN: "starts a round",
+    Want.CHECK: "asks whether a round ends",
     Want.ROUND: "ends a round",
     Want.SIGNAL: "acts on a signal",
     Want.STEP: "starts a training step",

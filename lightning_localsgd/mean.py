@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_localsgd.header import explained
 
+Group = tuple[torch.dtype, torch.device]
 _CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
 
 
@@ -60,7 +61,13 @@ class Mean:
             raise ValueError(f"`frozen` must be 'send' or 'skip', got {self.frozen!r}.")
 
     def average(
-        self, tensors: Sequence[Tensor], weights: Sequence[int], rank: int, write: bool = True, modest: bool = False
+        self,
+        tensors: Sequence[Tensor],
+        weights: Sequence[int],
+        rank: int,
+        write: bool = True,
+        modest: bool = False,
+        then: Callable[["Bucket"], None] | None = None,
     ) -> None:
         """Replace ``tensors`` by their mean over workers, in place.
 
@@ -73,6 +80,7 @@ class Mean:
             rank: this process's place in ``weights``.
             write: whether the mean is written back; without, this rank only contributes.
             modest: whether the square of every element here is known to be finite.
+            then: called with each bucket of means before they are written back, and may change them.
         """
         count, index = sum(weights), sum(weights[:rank])
 
@@ -82,12 +90,14 @@ class Mean:
                     bucket.fill_(-0.0)  # 0 times its values would be NaN for a NaN; -0 leaves every other sum as it is
                 elif count > 1:
                     share(bucket, count, index, modest)
+            if len(weights) == 1:
+                return
             operation = dist.ReduceOp.SUM if bucket.is_floating_point() else dist.ReduceOp.MAX
             with explained(f"Rank {rank}, which averages its model,"):
                 dist.all_reduce(bucket, operation)
 
         with torch.profiler.record_function("localsgd::average"):
-            self._each_bucket(tensors, reduce, write)
+            self._each_bucket(tensors, reduce, write, then)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Replace ``tensors`` by those of rank 0, in place."""
@@ -95,19 +105,49 @@ class Mean:
             self._each_bucket(tensors, lambda bucket: dist.broadcast(bucket, src=0), write=True)
 
     @torch.no_grad()
-    def _each_bucket(self, tensors: Sequence[Tensor], reduce: Callable[[Tensor], object], write: bool) -> None:
-        for (dtype, device), group in _groups(tensors).items():
-            sizes = [tensor.numel() for tensor in group]
+    def _each_bucket(
+        self,
+        tensors: Sequence[Tensor],
+        reduce: Callable[[Tensor], object],
+        write: bool,
+        then: Callable[["Bucket"], None] | None = None,
+    ) -> None:
+        for (dtype, device), places in grouped(tensors).items():
+            sizes = [tensors[place].numel() for place in places]
             capacity = max(1, int(self.bucket_mb * 2**20) // dtype.itemsize)
             memory = torch.empty(min(capacity, sum(sizes)), dtype=dtype, device=device)
+            start = 0
             for cuts in pack(sizes, capacity):
                 bucket = memory[: sum(cut.size for cut in cuts)]
                 here = list(torch.split(bucket, [cut.size for cut in cuts]))
-                there = [group[cut.tensor][cut.start : cut.start + cut.size] for cut in cuts]
+                there = [tensors[places[cut.tensor]][cut.start : cut.start + cut.size] for cut in cuts]
                 torch._foreach_copy_(here, there)
                 reduce(bucket)
+                if then is not None:
+                    then(Bucket((dtype, device), start, bucket, [places[cut.tensor] for cut in cuts], here, there))
                 if write:
                     torch._foreach_copy_(there, here)
+                start += len(bucket)
+
+
+class Bucket(NamedTuple):
+    """Means that are about to be written back.
+
+    Args:
+        group: the dtype in which they are, and their device.
+        start: where the bucket begins in the line of all elements of this group.
+        values: the means, one-dimensional.
+        places: of the tensors that the pieces belong to, in what was averaged.
+        here: the pieces of ``values``.
+        there: the same pieces of the replica, which still hold this worker's own values.
+    """
+
+    group: "Group"
+    start: int
+    values: Tensor
+    places: list[int]
+    here: list[Tensor]
+    there: list[Tensor]
 
 
 class Cut(NamedTuple):
@@ -187,15 +227,15 @@ def _share(x: Tensor, count: int, index: int) -> Tensor:
     return (x * ((index + 1) / count)).add_(c).sub_(low).copysign_(x)
 
 
-def _groups(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[Tensor]]:
-    """Group tensors by device and by the dtype in which they are reduced."""
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
+def grouped(tensors: Sequence[Tensor]) -> dict[Group, list[int]]:
+    """Return the places of the tensors, by the dtype in which they are reduced and by device."""
+    groups: dict[Group, list[int]] = {}
+    for place, tensor in enumerate(tensors):
         if not tensor.is_floating_point():
             dtype = torch.int64
         elif tensor.dtype == torch.float64:
             dtype = torch.float64
         else:
             dtype = torch.float32
-        groups.setdefault((dtype, tensor.device), []).append(tensor)
+        groups.setdefault((dtype, tensor.device), []).append(place)
     return groups

@@ -1,5 +1,6 @@
 """WHAT ELSE a worker trains with: its optimizers, whose state stays its own, and the loss scale of its GradScaler."""
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -24,6 +25,7 @@ class Optimizers:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._optimizers: Callable[[], Sequence[Optimizer]] = tuple  # none yet
         self._first_states: WeakKeyDictionary[Optimizer, dict[Any, Any]] = WeakKeyDictionary()
+        self._noted: dict[tuple[int, int], list[float]] = {}  # learning rates of this round: their sum, and how many
 
     def attach(self, optimizers: Callable[[], Sequence[Optimizer]], may_reset: bool) -> None:
         """Take the optimizers, which are made after the first model has been agreed on.
@@ -35,10 +37,10 @@ class Optimizers:
         self._optimizers = optimizers
         if may_reset:
             for optimizer in optimizers():
-                if _is_schedule_free(optimizer):
+                if is_schedule_free(optimizer):
                     raise ValueError(
-                        "`Mean(nonfinite='exclude')` gives a worker a new optimizer state, which is wrong for "
-                        f"{type(optimizer).__name__}: it keeps a part of the model there; take `nonfinite='raise'`."
+                        "`Mean(nonfinite='exclude')` and `optimizer_state='reset'` give a worker a new optimizer "
+                        f"state, which is wrong for {type(optimizer).__name__}: it keeps a part of the model there."
                     )
             # Empty now, but for a few that fill their state when they are made, such as Adagrad.
             self._first_states = WeakKeyDictionary({one: _copied(one.state) for one in optimizers()})
@@ -47,12 +49,60 @@ class Optimizers:
         """Return the optimizers."""
         return self._optimizers()
 
-    def reset(self) -> None:
-        """Give the optimizers the states that they were made with; their parameter groups stay as they are."""
+    def reset(self, gradients: bool = False) -> None:
+        """Give the optimizers the states that they were made with; their parameter groups stay as they are.
+
+        Args:
+            gradients: whether what has been accumulated goes too.
+        """
         for optimizer in self._optimizers():
             optimizer.state.clear()  # in place: a `LightningOptimizer` shares it
             optimizer.state.update(_copied(self._first_states.get(optimizer, {})))
-        self._module.zero_grad()  # what has been accumulated comes from the replica that is gone
+        if gradients:
+            self._module.zero_grad()
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest learning rate of all parameter groups."""
+        rates = [float(group["lr"]) for optimizer in self._optimizers() for group in optimizer.param_groups]
+        return max(rates, default=math.nan)
+
+    def note_rates(self, optimizer: Optimizer) -> None:
+        """Take note of the learning rates with which an optimizer has stepped."""
+        which = next(i for i, other in enumerate(self._optimizers()) if other is optimizer)
+        for i, group in enumerate(optimizer.param_groups):
+            noted = self._noted.setdefault((which, i), [0.0, 0.0])
+            noted[0] += float(group["lr"])
+            noted[1] += 1
+
+    def take_rates(self) -> list[float]:
+        """Return the mean learning rate of each parameter group over the steps since the last call."""
+        rates = []
+        for which, optimizer in enumerate(self._optimizers()):
+            for i, group in enumerate(optimizer.param_groups):
+                total, count = self._noted.get((which, i), (float(group["lr"]), 1.0))
+                rates.append(total / count)
+        self._noted = {}
+        return rates
+
+    def rates_by_name(self, rates: Sequence[float]) -> dict[str, float]:
+        """Return for each parameter the one of ``rates``, in the order of :meth:`take_rates`, that is its group's."""
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
+        return {
+            names[parameter]: rate
+            for group, rate in zip(groups, rates, strict=True)
+            for parameter in group["params"]
+            if parameter in names
+        }
+
+    def noted_rates(self) -> list[list[float]]:
+        """Return what :meth:`note_rates` has noted, as plain numbers."""
+        return [[*which, *noted] for which, noted in self._noted.items()]
+
+    def load_noted_rates(self, state: list[list[float]]) -> None:
+        """Go on from there."""
+        self._noted = {(int(which), int(group)): list(noted) for which, group, *noted in state}
 
     @property
     def loss_scale(self) -> int:
@@ -79,7 +129,7 @@ class Optimizers:
         """
         names = None
         for optimizer in self._optimizers():
-            if not _is_schedule_free(optimizer):
+            if not is_schedule_free(optimizer):
                 continue
             names = names or {parameter: name for name, parameter in self._module.named_parameters()}
             for group in optimizer.param_groups:
@@ -89,7 +139,8 @@ class Optimizers:
                         yield f"{names.get(parameter, 'a parameter')} (z in the optimizer)", z
 
 
-def _is_schedule_free(optimizer: Optimizer) -> bool:
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether it is one of the package `schedulefree`, or of the same kind."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_localsgd.anchor import Trained
 from lightning_localsgd.finite import Finding, Finiteness
 
 Named = Iterable[tuple[str, Tensor]]
@@ -28,6 +29,7 @@ class Line(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]  # and the sizes that they belong to, where these are not 1
     sent: bool
+    trained: bool = False  # where that matters
     digest: int = 0  # of the values, if they are not sent
 
 
@@ -41,34 +43,62 @@ class Replica:
         module: a module whose tensors are dense (strided).
         skip_frozen: whether parameters that are frozen from one average to the next are not sent.
         iterates: names and returns further tensors that belong to the model, as schedule-free optimizers have them.
+        has_anchor: whether what is trained is averaged apart from the rest, and so must be the same on all workers.
     """
 
     def __init__(
-        self, module: nn.Module, *, skip_frozen: bool = False, iterates: Callable[[], Named] = lambda: ()
+        self,
+        module: nn.Module,
+        *,
+        skip_frozen: bool = False,
+        iterates: Callable[[], Named] = lambda: (),
+        has_anchor: bool = False,
     ) -> None:
         self._module = module
         self._skip_frozen = skip_frozen
         self._iterates = iterates
+        self._has_anchor = has_anchor
+        self._trained: set[str] = set()  # parameters that required gradients when this round began, if that matters
         self._resting: set[str] = set()  # parameters that were frozen when this round began
         self._frozen_digest: tuple[list[tuple[str, int, int]], int] = [], 0  # of which tensors, and what it is
         self._finiteness = Finiteness()
 
     def begin_round(self) -> None:
-        """Take note of which parameters are frozen now that all replicas are equal."""
+        """Take note of which parameters are frozen, and which are trained, now that all replicas are equal."""
         if self._skip_frozen:
             self._resting = {name for name, tensor in self._module.named_parameters() if not tensor.requires_grad}
+        if self._has_anchor:
+            self._trained = {
+                name
+                for name, tensor in self._module.named_parameters()
+                if tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+            }
+
+    def trained(self) -> list[Trained]:
+        """Return the parameters that were trained in this round, for which there is an anchor."""
+        parameters = self._module.named_parameters()
+        return [(name, tensor, list(pieces(tensor))) for name, tensor in parameters if name in self._trained]
+
+    def rest(self) -> list[Tensor]:
+        """Return views of all others that an average sends."""
+        return [
+            piece
+            for name, tensor in self._named()
+            if not (name in self._trained or self._rests(name, tensor))
+            for piece in pieces(tensor)
+        ]
 
     def tensors(self) -> list[Tensor]:
         """Return views (one-dimensional each) that together cover every parameter and buffer once."""
-        return [piece for _, tensor in self._named() for piece in _pieces(tensor)]
+        return [piece for _, tensor in self._named() for piece in pieces(tensor)]
 
     def sent(self) -> list[Tensor]:
         """Return the same views for the tensors that an average sends: all, but for what is frozen and skipped."""
-        return [piece for name, tensor in self._named() if not self._rests(name, tensor) for piece in _pieces(tensor)]
+        return [piece for name, tensor in self._named() if not self._rests(name, tensor) for piece in pieces(tensor)]
 
     def buffers(self) -> list[Tensor]:
         """Return the same views for the buffers alone."""
-        return [piece for buffer in self._module.buffers() for piece in _pieces(buffer)]
+        return [piece for buffer in self._module.buffers() for piece in pieces(buffer)]
 
     def lines(self) -> list[Line]:
         """Describe each tensor; replicas can be averaged if their lines are equal.
@@ -82,7 +112,8 @@ class Replica:
             if problem:
                 raise ValueError(f"Only dense tensors of numbers can be averaged, and `{name}` {problem}.")
             strides = tuple((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
-            lines.append(Line(name, str(tensor.dtype), tuple(tensor.shape), strides, not self._rests(name, tensor)))
+            sent, trained = not self._rests(name, tensor), name in self._trained
+            lines.append(Line(name, str(tensor.dtype), tuple(tensor.shape), strides, sent, trained))
         return lines
 
     def layout(self) -> int:
@@ -122,8 +153,9 @@ class Replica:
 
     def state(self) -> dict[str, Any]:
         """Return the values in the module, to :meth:`load` them into the same one elsewhere."""
-        tensors = [piece for _, tensor in self._in_module() for piece in _pieces(tensor)]
-        return {"described": self._description(), "tensors": tensors, "resting": sorted(self._resting)}
+        tensors = [piece for _, tensor in self._in_module() for piece in pieces(tensor)]
+        known = {"resting": sorted(self._resting), "trained": sorted(self._trained)}
+        return {"described": self._description(), "tensors": tensors} | known
 
     def load(self, state: dict[str, Any]) -> None:
         """Write the values that :meth:`state` returned into the module.
@@ -136,10 +168,10 @@ class Replica:
                 "To resume exactly, the model must have the parameters and buffers that it had when it was saved, and "
                 'they differ in name, dtype, shape or memory format; `checkpoint="consensus"` goes on without.'
             )
-        tensors = [piece for _, tensor in self._in_module() for piece in _pieces(tensor)]
+        tensors = [piece for _, tensor in self._in_module() for piece in pieces(tensor)]
         with torch.no_grad():
             torch._foreach_copy_(tensors, state["tensors"])
-        self._resting = set(state["resting"])
+        self._resting, self._trained = set(state["resting"]), set(state["trained"])
 
     def _in_module(self) -> Named:
         return chain(self._module.named_parameters(), self._module.named_buffers())
@@ -171,6 +203,8 @@ def difference(one: list[Line], other: list[Line]) -> str:
             return f"its {_what(b)} is {_what(a)} on the other"
         if a.strides != b.strides:
             return f"its `{b.name}` has another memory format (strides {_strides(b)} and {_strides(a)})"
+        if a.trained != b.trained:
+            return f"its `{b.name}` was {'not ' * b.trained}frozen when the round began, unlike the other's"
         if a.sent != b.sent:
             return f"its `{b.name}` is {'not ' * b.sent}frozen, unlike the other's, with `Mean(frozen='skip')`"
         return f"its frozen `{b.name}` has other values, and `Mean(frozen='skip')` does not send it"
@@ -251,12 +285,12 @@ def _problem(tensor: Tensor) -> str | None:
 def _digest(tensors: Iterable[Tensor]) -> int:
     hashed = hashlib.sha1(usedforsecurity=False)  # the fastest one at hand
     for tensor in tensors:
-        for piece in _pieces(tensor):
+        for piece in pieces(tensor):
             hashed.update(piece.cpu().view(torch.uint8).numpy().data)
     return int.from_bytes(hashed.digest()[:8], "big") >> 1
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield one-dimensional views that cover the memory of ``tensor`` once, whatever its memory format."""
     view = tensor.detach()
     if view.is_complex():
@@ -273,4 +307,4 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield view.view(-1)
     else:  # a slice of a larger tensor
         for row in view:
-            yield from _pieces(row)
+            yield from pieces(row)

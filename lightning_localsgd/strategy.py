@@ -1,6 +1,7 @@
 """WHERE in Lightning: the strategy, whose hooks count steps and let the workers agree at the right places."""
 
 import inspect
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -34,14 +35,18 @@ from lightning_localsgd.checkpoint import (
     one_workers_path,
     refuse_one_worker,
 )
+from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import MetricSync, StepWarning
 from lightning_localsgd.header import Header, Want
 from lightning_localsgd.mean import Mean
-from lightning_localsgd.moments import load_as_it_was, mean_state
-from lightning_localsgd.optimizers import Optimizers
+from lightning_localsgd.moments import AverageState, load_as_it_was, mean_state
+from lightning_localsgd.optimizers import Optimizers, is_schedule_free
+from lightning_localsgd.outer import Landing, OuterStep
+from lightning_localsgd.progress import Measured
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit, all_go_on_from, read_part
-from lightning_localsgd.schedule import Clock, Every, Schedule
+from lightning_localsgd.schedule import Every, Schedule, as_schedule, require_known_needs
+from lightning_localsgd.sequences import require_step_by_step
 from lightning_localsgd.worker import Worker
 
 _T = TypeVar("_T")
@@ -65,6 +70,11 @@ class LocalSGD(_Base):
         period: the interval :math:`I`, an int of at least 1, or a :class:`Schedule`. Between averages no rank
             communicates. While every round has had length 1, *gradients* are averaged, exactly as ``DDPStrategy`` does.
         mean: how the models are averaged.
+        outer: what is done with the mean: None starts the next round there; an :class:`Outer`, :class:`DiLoCo` or
+            :class:`SlowMo` takes a step from the anchor. The last average of ``fit`` and ``synchronize()`` apply it;
+            validation and checkpoints see the mean without it.
+        optimizer_state: what becomes of the local optimizers' state at the end of a round: ``"keep"``, ``"average"``
+            (or an :class:`AverageState`) or ``"reset"``.
         checkpoint: what a checkpoint keeps. With ``"consensus"`` it is one ordinary file, of the mean of all replicas
             and of their optimizers' moments; a run that resumes from it starts a new round there. With ``"exact"``
             each worker also writes its own part beside it, and a run that resumes from it with as many workers goes
@@ -79,9 +89,9 @@ class LocalSGD(_Base):
         start_method: how processes are started.
 
     Raises:
-        ValueError: if ``period`` is not an int of at least 1 or a schedule, with ``Trainer(sync_batchnorm=True)`` or
-            a ``SyncBatchNorm`` in the module, with LBFGS while gradients are averaged, and with
-            ``ZeroRedundancyOptimizer`` in longer rounds.
+        ValueError: if ``period`` is not an int of at least 1 or a schedule, with options that have no effect, with
+            ``Trainer(sync_batchnorm=True)`` or a ``SyncBatchNorm`` in the module, with LBFGS while gradients are
+            averaged, and with ``ZeroRedundancyOptimizer`` in longer rounds.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -99,6 +109,8 @@ class LocalSGD(_Base):
         period: int | Schedule = 8,
         *,
         mean: Mean = Mean(),
+        outer: OuterStep | None = None,
+        optimizer_state: Literal["keep", "average", "reset"] | AverageState = "keep",
         checkpoint: Literal["consensus", "exact"] = "consensus",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -124,21 +136,37 @@ class LocalSGD(_Base):
             start_method=start_method,
             **_ddp_options(),
         )
-        self.schedule = period if isinstance(period, Schedule) else Every(period)
-        if self.schedule == Every(1) and (mean.nonfinite, mean.frozen) != ("raise", "send"):
+        self.schedule = as_schedule("period", period)
+        require_known_needs(self.schedule)
+        if outer is not None and not isinstance(outer, OuterStep):
+            raise ValueError(f"`outer` must be an `Outer`, `DiLoCo`, `SlowMo` or None, got {outer!r}.")
+        if not (optimizer_state in ("keep", "average", "reset") or isinstance(optimizer_state, AverageState)):
             raise ValueError(
-                "With a `period` of 1 gradients are averaged, as DDP does, and `nonfinite` and `frozen` of `Mean` have "
-                f"no effect: leave them at their defaults, got {mean!r}."
+                f'`optimizer_state` must be "keep", "average", "reset" or an `AverageState`, got {optimizer_state!r}.'
             )
+        if self.schedule == Every(1):
+            without_effect = {
+                "mean": (mean, Mean(mean.bucket_mb)),
+                "outer": (outer, None),
+                "optimizer_state": (optimizer_state, "keep"),
+            }
+            for name, (given, default) in without_effect.items():
+                if given != default:
+                    raise ValueError(
+                        "With a `period` of 1 gradients are averaged, as DDP does, and "
+                        f"`{name}` has no effect: leave it at its default, got {given!r}."
+                    )
+        self.outer = outer
+        self._state_rule = AverageState() if optimizer_state == "average" else optimizer_state
         self.mean = mean
         self._exact = checkpoint == "exact"
         self._header: Header | None = None
         self._worker: Worker | None = None  # of the fit in progress
         self._fit: Fit | None = None  # follows it, where checkpoints are exact
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
-        self._resumed: dict[str, int] | None = None  # the clock of the checkpoint that a fit goes on from
+        self._resumed: dict[str, Any] = {}  # our entry in the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
-        self._last_clock: dict[str, int] | None = None  # of the last fit, for a checkpoint that is saved after it
+        self._last: dict[str, Any] = {}  # our entry in a checkpoint that is saved after the fit
         self._averages: list[_lightning.Average] = []  # of the callbacks of the fit in progress
         self._undo = ExitStack()  # puts back what a fit has wrapped
 
@@ -179,11 +207,13 @@ class LocalSGD(_Base):
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
         for average in self._averages:
             average.copy(self.lightning_module)
-        self.worker.optimizers.attach(lambda: self.optimizers, may_reset=self.mean.nonfinite == "exclude")
-        if not self.worker.clock.averages_models and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
+        may_reset = self.mean.nonfinite == "exclude" or self._state_rule == "reset"
+        self.worker.optimizers.attach(lambda: self.optimizers, may_reset)
+        require_step_by_step(self.lr_scheduler_configs, self.schedule, self.world_size)
+        if self.outer is not None and any(map(is_schedule_free, self.optimizers)):
             raise ValueError(
-                "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
-                "rule can end on one worker while the others wait."
+                "An outer step needs optimizers that keep no second model of their own, and schedule-free ones do: "
+                f"leave `outer` at None, got {self.outer!r}."
             )
         if self.schedule != Every(1) and any(
             hasattr(optimizer, "consolidate_state_dict") for optimizer in self.optimizers
@@ -192,6 +222,8 @@ class LocalSGD(_Base):
                 "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
+        if self.schedule == Every(1):
+            self._require_no_lbfgs()
         self._undo.enter_context(_lightning.attach(trainer, self))
         if self._exact:
             self._fit = Fit(trainer, self.root_device, self._part["fit"] if self._part else None)
@@ -200,6 +232,13 @@ class LocalSGD(_Base):
         for optimizer in self.optimizers:  # so that also a step past Lightning's optimizers counts
             self._undo.callback(optimizer.register_step_post_hook(self._note_step).remove)
 
+    def _require_no_lbfgs(self) -> None:
+        if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
+            raise ValueError(
+                "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
+                "rule can end on one worker while the others wait."
+            )
+
     def configure_ddp(self) -> None:
         """Start a run: a new worker, from rank 0's model."""
         module = self.lightning_module
@@ -207,13 +246,28 @@ class LocalSGD(_Base):
         header = self._talk()
         self._keeper = Keeper(header, self.local_rank == 0, self._own_part)
         optimizers = Optimizers(module, getattr(self.precision_plugin, "scaler", None))
+        if self.outer is not None and self.outer.offload and self.root_device.type == "cpu":
+            raise ValueError("`offload` must be False where the model is in main memory, got True.")
+        landing = Landing(self.outer, measures="drift" in self.schedule.needs)
+        landing.load_state_dict(self._resumed.get("landing", {}))
+        self._expected_steps = math.nan
         self._worker = Worker(
             header,
-            clock=Clock(self.schedule, self.world_size, self._resumed),
-            replica=Replica(module, skip_frozen=self.mean.frozen == "skip", iterates=optimizers.iterates),
+            clock=Clock(self.schedule, self.world_size, self._resumed.get("clock")),
+            replica=Replica(
+                module,
+                skip_frozen=self.mean.frozen == "skip",
+                iterates=optimizers.iterates,
+                has_anchor=landing.is_needed,
+            ),
             optimizers=optimizers,
             mean=self.mean,
+            landing=landing,
+            optimizer_state=self._state_rule,
+            measured=Measured(self.schedule.needs, self._resumed.get("measured")),
             device=self.root_device,
+            epoch=lambda: self._trainer.current_epoch,
+            expected_steps=lambda: self._expected_steps,
             act=self._act_on_signals,
             files=self._serve_files,
         )
@@ -229,9 +283,9 @@ class LocalSGD(_Base):
     def teardown(self) -> None:
         self._undo.close()
         if self._worker is not None:
-            self._last_clock = self._worker.clock.state_dict()
+            self._last = {"clock": self._worker.clock.state_dict(), **self._worker.common_state(whole=False)}
         self._worker, self._fit, self._running = None, None, False
-        self._resumed, self._part, self._averages = None, None, []
+        self._resumed, self._part, self._averages = {}, None, []
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
         super().teardown()
@@ -281,12 +335,18 @@ class LocalSGD(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         worker = self.worker
-        if not worker.clock.averages_models:
+        if worker.clock.averages_models:
+            worker.start_step()
+        else:
             if not self._step_is_open:
                 worker.ask(Want.STEP, detail=len(self._unreduced))
+                self._leave_reducer()
             self._step_is_open = self._accumulating
         worker.touched = True
         output = super().training_step(*args, **kwargs)
+        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+        if isinstance(loss, Tensor):
+            worker.measured.note_loss(loss)
         if not self._automatic:
             self._average_buffers()
             if self._optimizer_stepped:
@@ -296,9 +356,15 @@ class LocalSGD(_Base):
     def _restart(self) -> None:
         """Set the clock back to a checkpoint's, and with it whether gradients are averaged."""
         assert self.lightning_module is not None
-        self.worker.clock = Clock(self.schedule, self.world_size, self._resumed)
+        clock = Clock(self.schedule, self.world_size, self._resumed.get("clock"))
+        self.worker.restart(clock, Measured(self.schedule.needs, self._resumed.get("measured")))
         self.model = self.lightning_module
         self._unreduced = list(self.model.parameters())
+
+    def _leave_reducer(self) -> None:
+        """From the first round on that averages models: the reducer goes with its memory, and does not come back."""
+        if self.worker.clock.averages_models:
+            self.model = self.lightning_module
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._worker is not None:
@@ -343,8 +409,10 @@ class LocalSGD(_Base):
             self._end_step()
         return output
 
-    def _note_step(self, *_: Any) -> None:
+    def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._optimizer_stepped = True
+        if self.worker.landing.needs_rates:
+            self.worker.optimizers.note_rates(optimizer)
 
     def _average_buffers(self) -> None:
         # In step with the gradients, where all ranks are: an optimizer step could be skipped by one of them.
@@ -352,12 +420,11 @@ class LocalSGD(_Base):
             self.worker.average_buffers()
 
     def _end_step(self) -> None:
-        worker = self.worker
         self._optimizer_stepped = False
-        averaged_gradients = not worker.clock.averages_models
-        worker.end_step()
-        if averaged_gradients and worker.clock.averages_models:
-            self.model = self.lightning_module  # a reducer goes with its memory, and does not come back
+        self.worker.end_step()
+        self._leave_reducer()
+        if _lightning.is_last_batch(self._trainer):
+            self.worker.end_last_step()
 
     def _at_consensus(self) -> None:
         for average in self._averages:
@@ -372,7 +439,11 @@ class LocalSGD(_Base):
     def starts_epoch(self) -> bool:
         if self._fit is not None:
             self._fit.starts_epoch()
+        if "steps_left" in self.schedule.needs:
+            self._expected_steps = self.worker.clock.step + _lightning.steps_left(self._trainer)
         decision = self.worker.ask(Want.EPOCH)
+        if not self.worker.clock.averages_models:
+            self._require_no_lbfgs()
         if decision.want is Want.OVER:
             rank_zero_warn(
                 f"Some ranks have ended their fit at step {decision.step} while rank {decision.askers[0]} would go on "
@@ -399,7 +470,7 @@ class LocalSGD(_Base):
     def ends_epoch(self) -> None:
         if self._fit is not None:
             self._fit.ends_epoch()
-        self.worker.ask(Want.ENDED)
+        self.worker.end_pass()
         self._step_is_open = False
         self.worker.act_on_signals()
         if self.worker.validation_is_due:
@@ -497,7 +568,7 @@ class LocalSGD(_Base):
         state: dict[str, Any] = super().optimizer_state(optimizer)
         if self._communicates:
             return self.worker.mean_state(optimizer, state)
-        if self._worker is None and self._last_clock and self._last_clock["averages_models"] and not self._is_apart:
+        if self._worker is None and self._last and self._last["clock"]["averages_models"] and not self._is_apart:
             return mean_state(state, self.mean, self._talk(), reader=0, device=self.root_device)  # after a fit
         return state
 
@@ -511,12 +582,14 @@ class LocalSGD(_Base):
         self._checkpoint_io = io
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        clock = self._worker.clock.state_dict() if self._worker is not None else self._last_clock
-        if clock is not None:
-            checkpoint[KEY] = {"clock": clock, **self._setting()}
+        entry = {"clock": self._worker.clock.state_dict()} if self._worker is not None else self._last
+        if entry:
+            checkpoint[KEY] = {**entry, **self._setting()}
         if self._communicates:
             exact = self._exact and "optimizer_states" in checkpoint  # else only weights are saved
-            self._handle_files(Save(str(filepath), checkpoint, storage_options, exact))
+            with self.worker.measured.pause():
+                common = partial(self.worker.common_state, whole=exact)
+                self._handle_files(Save(str(filepath), checkpoint, storage_options, exact, common))
         elif self._is_apart:
             checkpoint[KEY] = checkpoint.get(KEY, {}) | {"one_worker": self.global_rank}
             path = one_workers_path(str(filepath), self.global_rank)
@@ -575,12 +648,12 @@ class LocalSGD(_Base):
             error = this
         self._talk().agree(error)
         entry = checkpoint.get(KEY, {})
-        self._resumed = Clock.new_round(entry["clock"]) if "clock" in entry else None
+        self._resumed = entry | {"clock": Clock.new_round(entry["clock"])} if "clock" in entry else {}
         if self._worker is not None:  # the learning rate finder goes back to where it was
             self._restart()
         elif part is not None and all_go_on_from(part, checkpoint, path, self._setting(), self._trainer, self._talk()):
             checkpoint |= part["fit"]["lightning"] | {"optimizer_states": part["optimizers"]}
-            self._part, self._resumed = part, part["worker"]["clock"]
+            self._part, self._resumed = part, entry | {"clock": part["worker"]["clock"]}
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -1,22 +1,29 @@
 """WHO takes part: one worker of a run, which counts its steps and does its share of what all ranks decide."""
 
+import math
+import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.mean import Mean
-from lightning_localsgd.moments import mean_state
+from lightning_localsgd.moments import AverageState, average_states, mean_state
 from lightning_localsgd.optimizers import Optimizers
+from lightning_localsgd.outer import Landing
+from lightning_localsgd.progress import Measured, Report
 from lightning_localsgd.replica import Replica, Snapshot, difference
-from lightning_localsgd.schedule import Clock
+
+OptimizerState = Literal["keep", "reset"] | AverageState
 
 
 class Worker:
@@ -28,7 +35,12 @@ class Worker:
         replica: this worker's model.
         optimizers: what trains it.
         mean: how models are averaged.
+        landing: what becomes of the mean.
+        optimizer_state: what becomes of the optimizers' states.
+        measured: what is known to the schedule.
         device: where tensors must be to travel.
+        epoch: returns how many passes over the data are completed.
+        expected_steps: returns how many steps this worker expects in the whole run, or NaN.
         act: does what signals ask for, on all ranks at once.
         files: does this worker's part in writing or removing a checkpoint that others asked for.
     """
@@ -41,7 +53,12 @@ class Worker:
         replica: Replica,
         optimizers: Optimizers,
         mean: Mean,
+        landing: Landing,
+        optimizer_state: OptimizerState,
+        measured: Measured,
         device: torch.device,
+        epoch: Callable[[], int],
+        expected_steps: Callable[[], float],
         act: Callable[[int], None],
         files: Callable[[int], None],
     ) -> None:
@@ -50,6 +67,11 @@ class Worker:
         self.replica = replica
         self.optimizers = optimizers
         self.mean = mean
+        self.landing = landing
+        self._optimizer_state = optimizer_state
+        self.measured = measured
+        self._epoch = epoch
+        self._expected_steps = expected_steps
         self.collectives = Collectives(self.ask, device)
         self._device = device
         self._act = act
@@ -86,11 +108,26 @@ class Worker:
         if state is not None:
             self.stepped, self.touched, self.validation_is_due = map(bool, state["flags"])
             self.replica.load(state["replica"])
+            self.measured.load_own_state(state["measured"])
+            self.optimizers.load_noted_rates(state["rates"])
         elif not self.alone:
             self.mean.broadcast(self.replica.tensors())
         if state is None:
             self.replica.begin_round()
+        if self.clock.averages_models:
+            self._take_anchor()
         self.replica.examine()  # remembers which buffers are finite
+
+    def restart(self, clock: Clock, measured: Measured) -> None:
+        """Begin anew with the model as it is."""
+        self.clock, self.measured = clock, measured
+        self.landing.forget()
+
+    def common_state(self, whole: bool) -> dict[str, Any]:
+        """Return what is equal on all workers, beside the clock; with the anchor if ``whole``."""
+        landing = self.landing.state_dict(whole)
+        measured = {"measured": self.measured.state_dict()} if self.measured.needs else {}
+        return measured | ({"landing": landing} if landing else {})
 
     @contextmanager
     def state(self) -> Generator[dict[str, Any], None, None]:
@@ -103,14 +140,22 @@ class Worker:
                 "clock": self.clock.state_dict(),
                 "flags": [self.stepped, self.touched, self.validation_is_due],
                 "replica": self.replica.state(),
+                "measured": self.measured.own_state(),
+                "rates": self.optimizers.noted_rates(),
             }
 
     def ask(self, want: Want, detail: int = 0) -> Decision:
         """Send headers, and take part in what the others want, until this worker's own want is served."""
+        with self.measured.pause():
+            return self._ask(want, detail)
+
+    def _ask(self, want: Want, detail: int) -> Decision:
         message = self._message(want, detail)
         while True:
             decision = self._exchange(message)
             asked = self._header.rank in decision.askers
+            if decision.want in (Want.EPOCH, Want.STEP, Want.PLAN) and not self.clock.is_planned:
+                self._plan(decision)
             if decision.want is Want.ROUND or (decision.want is Want.OVER and decision.unanimous):
                 self._end_round(decision)
                 message = self._message(want, detail)
@@ -145,6 +190,18 @@ class Worker:
             frozen=self.replica.frozen_digest() if offers else 0,
             bad=bad,
             loss_scale=self.optimizers.loss_scale if offers else 0,
+            report=self._report(want),
+        )
+
+    def _report(self, want: Want) -> Report:
+        """Say what the schedule wants to know of this worker."""
+        needs = self.clock.schedule.needs
+        if not needs:
+            return Report()
+        return self.measured.report(
+            self.optimizers.learning_rate if "learning_rate" in needs else math.nan,
+            self._expected_steps() if "steps_left" in needs else math.nan,
+            self.landing.distance(self._trained_views()) if want is Want.CHECK else math.nan,
         )
 
     def _exchange(self, message: Message) -> Decision:
@@ -206,24 +263,144 @@ class Worker:
     def end_step(self) -> None:
         """Count a step; after the last one of a round, average."""
         over = self.clock.tick()
+        self.measured.note_step()
         if self.clock.averages_models:
             self.stepped = True
-            if over:
+            if over or (self.clock.is_at_check() and self._check()):
                 self.ask(Want.ROUND)
         elif over:  # all replicas are equal: their gradients were averaged
             self.clock.next_round(self.clock.step)
+            self._plan_if_known()
+
+    def start_step(self) -> None:
+        """Before a step that averages models: see that its round has a length."""
+        if not self.clock.is_planned:
+            self.ask(Want.PLAN)
+
+    def end_last_step(self) -> None:
+        """After this worker's last step of a pass over the data, before any validation."""
+        if self.clock.ends_with_pass():
+            self.ask(Want.ROUND)
+
+    def end_pass(self) -> None:
+        """After the last step of a pass over the data; waits for the others."""
+        if any(self.ask(Want.ENDED).weights):  # else all rounds have ended with its last steps
+            if self.clock.ends_with_pass():
+                self.ask(Want.ROUND)
+            else:
+                self.clock.passes += 1
+
+    def _check(self) -> bool:
+        reports = self.ask(Want.CHECK).reports
+        distances = tuple(report.distance for report in reports if not math.isnan(report.distance))
+        return self.clock.schedule.ends_round(self.clock.progress(self.measured, self._epoch(), distances=distances))
+
+    def _plan(self, decision: Decision) -> None:
+        """Plan the round that begins, after a header that all ranks have answered alike."""
+        asked = [decision.reports[rank] for rank in decision.askers]  # the others' learning rate may be an old one
+        self.measured.hear(asked, ends_round=False)
+        self._plan_round()
+
+    def _plan_if_known(self) -> None:
+        if "learning_rate" not in self.clock.schedule.needs:
+            self._plan_round()
+
+    def _plan_round(self) -> None:
+        """Plan the round from what all know.
+
+        Raises:
+            ValueError: on all ranks, if it has one step, in which gradients are averaged, and outer steps are wanted.
+        """
+        progress = self.clock.progress(self.measured, self._epoch())
+        averaged_models = self.clock.averages_models
+        self.clock.plan(progress)
+        self.measured.planned()
+        if averaged_models:
+            return
+        if self.clock.averages_models:
+            self.replica.begin_round()
+            self._take_anchor()
+        elif self.landing.steps and not self.clock.schedule.warms_up(progress):
+            raise ValueError(
+                f"An outer step needs rounds of at least 2 steps, and {self.clock.schedule!r} begins with one of 1, in "
+                "which gradients are averaged: only the warm-up of `PostLocal` may."
+            )
+
+    def _take_anchor(self) -> None:
+        """Take note of where a round starts."""
+        if self.landing.is_needed:
+            self.landing.begin(self.replica.trained())
+
+    def _trained_views(self) -> list[Tensor]:
+        return [piece for _, _, pieces in self.replica.trained() for piece in pieces]
 
     def _end_round(self, decision: Decision) -> None:
-        if any(decision.weights):
-            self.average(decision.weights)
-            self._restart_nonfinite(decision)
-            scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
-            if min(scales):
-                self.optimizers.loss_scale = min(scales)
-            self.stepped = self.touched = False
-            self.replica.begin_round()
-            self.clock.next_round(decision.step)
-            self.at_consensus()
+        if not any(decision.weights):
+            return
+        counted = [report for report, weight in zip(decision.reports, decision.weights, strict=True) if weight]
+        start = time.perf_counter()
+        with torch.profiler.record_function("localsgd::round"):
+            apart, together = self._land(decision.weights)
+        self.measured.hear(counted, ends_round=True)
+        self._restart_nonfinite(decision)
+        self._average_states(decision)
+        scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
+        if min(scales):
+            self.optimizers.loss_scale = min(scales)
+        steps = decision.step - self.clock.start
+        self.measured.note_average(steps, self._seconds_since(start), apart, together)
+        self.stepped = self.touched = False
+        self.replica.begin_round()
+        self._take_anchor()
+        self.clock.next_round(decision.step)
+        self._plan_if_known()
+        self.at_consensus()
+
+    def _seconds_since(self, start: float) -> float:
+        if "seconds" in self.clock.schedule.needs and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
+
+    def _land(self, weights: Sequence[int]) -> tuple[float, float]:
+        """Average the replicas and start from there; return how far they had moved apart and together, squared."""
+        if not self.landing.is_needed:
+            self.average(weights)
+            return math.nan, math.nan
+        trained = self.replica.trained()
+        views = [piece for _, _, pieces in trained for piece in pieces]
+        then, rank = self.landing.round(self._rates(weights)), self._header.rank
+        self.mean.average(views, weights, rank, modest=self._modest, then=then)
+        rest = self.replica.rest()
+        if rest and not self.alone:
+            self.mean.average(rest, weights, rank, modest=self._modest)
+        return self.landing.finish([parameter for _, parameter, _ in trained])
+
+    def _rates(self, weights: Sequence[int]) -> Mapping[str, float]:
+        """Return the mean learning rate over the steps of this round and the workers, for each parameter."""
+        if not self.landing.needs_rates:
+            return {}
+        told = self._header.gather(self.optimizers.take_rates())
+        counted = [rates for rates, weight in zip(told, weights, strict=True) if weight]
+        if len({len(rates) for rates in told}) > 1:
+            raise RuntimeError(
+                "`SlowMo` needs the same parameter groups on all workers, got these many on the ranks 0, 1, ...: "
+                f"{', '.join(str(len(rates)) for rates in told)}."
+            )
+        return self.optimizers.rates_by_name([math.fsum(of) / len(of) for of in zip(*counted, strict=True)])
+
+    def _average_states(self, decision: Decision) -> None:
+        if self._optimizer_state == "reset":
+            if not any(optimizer.state for optimizer in self.optimizers.all()):
+                raise ValueError(
+                    '`optimizer_state` must have something to reset, and no optimizer keeps a state: take "keep".'
+                )
+            self.optimizers.reset()
+        elif isinstance(self._optimizer_state, AverageState):
+            due = self._optimizer_state.due(self.clock.round + 1)
+            if due is None or due:
+                optimizers, weights = self.optimizers.all(), decision.weights
+                with torch.profiler.record_function("localsgd::optimizer_state"):
+                    average_states(optimizers, self.mean, self._header, weights, due, self._device)
 
     def _restart_nonfinite(self, decision: Decision) -> None:
         for rank in decision.left_out:
@@ -234,7 +411,7 @@ class Worker:
                 f"of the others with a new optimizer state: restart {self._restarts[rank]} of this rank."
             )
             if rank == self._header.rank:
-                self.optimizers.reset()
+                self.optimizers.reset(gradients=True)
 
     def average(self, weights: Sequence[int], write: bool = True) -> None:
         """Average the replicas that count; without ``write``, only contribute."""
@@ -290,7 +467,8 @@ class Worker:
             self.average(weights)
             if own is not None:
                 own.mark()
-            yield
+            with self.measured.pause():
+                yield
         finally:
             self.inside_consensus, self._own = False, None
             if own is not None:

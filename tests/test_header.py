@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want, decide
+from lightning_localsgd.progress import Report
 
 SERVED_FOR_SOME = [Want.BARRIER, Want.FILES, Want.BROADCAST, Want.REDUCE, Want.GATHER, Want.CONSENSUS]
 # What a rank may want while another one is still in the same epoch.
@@ -113,5 +114,5 @@ def test_when_a_mean_is_taken(messages, takes_mean):
 
 def test_one_worker_decides_for_itself():
     assert Header(0, 1).exchange(Message(Want.ROUND, stepped=1, step=3)) == Decision(
-        Want.ROUND, (0,), 1, 0, (1,), 3, 0, bad=(0,), loss_scales=(0,)
+        Want.ROUND, (0,), 1, 0, (1,), 3, 0, bad=(0,), loss_scales=(0,), reports=(Report(),)
     )

@@ -18,12 +18,14 @@ from lightning_localsgd._lightning.stages import Stage as Stage
 from lightning_localsgd._lightning.stages import accumulates as accumulates
 from lightning_localsgd._lightning.stages import fetched as fetched
 from lightning_localsgd._lightning.stages import forgotten as forgotten
+from lightning_localsgd._lightning.stages import is_last_batch as is_last_batch
 from lightning_localsgd._lightning.stages import iterators as iterators
 from lightning_localsgd._lightning.stages import limit_is_reached as limit_is_reached
 from lightning_localsgd._lightning.stages import loaders as loaders
 from lightning_localsgd._lightning.stages import own_state as own_state
 from lightning_localsgd._lightning.stages import set_sampler_epochs as set_sampler_epochs
 from lightning_localsgd._lightning.stages import stage as stage
+from lightning_localsgd._lightning.stages import steps_left as steps_left
 from lightning_localsgd._lightning.stages import take_up_batch as take_up_batch
 from lightning_localsgd._lightning.stages import take_up_batches as take_up_batches
 from lightning_localsgd._lightning.stages import take_up_epoch_end as take_up_epoch_end

@@ -1,5 +1,6 @@
 """The stages of a fit: where one is when a checkpoint is saved, and how loops are taken up again from there."""
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from enum import Enum
@@ -143,6 +144,27 @@ def iterators(trainer: Trainer) -> list[Any]:
 def accumulates(trainer: Trainer) -> bool:
     """Whether the gradients of the last batch are kept for the next one."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Whether this worker's data of the epoch ends with the batch that is being trained on, as far as is known."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def steps_left(trainer: Trainer) -> float:
+    """Return how many steps the fit will take from here on, of which the optimizers take one each; or NaN."""
+    if trainer.lightning_module.automatic_optimization:
+        try:
+            total = trainer.estimated_stepping_batches
+        except Exception:  # with `GradientAccumulationScheduler` Lightning refuses to say
+            return math.nan
+        done = trainer.global_step
+    elif trainer.max_steps == -1 and (trainer.max_epochs or -1) > 0:  # `max_steps` counts each optimizer's
+        total = trainer.num_training_batches * (trainer.max_epochs or 0)
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    else:
+        return math.nan
+    return float(total - done) if math.isfinite(total) else math.nan
 
 
 def fetched(trainer: Trainer) -> tuple[dict[str, Any], str | None]:

@@ -1,0 +1,289 @@
+"""Settings of each algorithm, real runs of them, and the serial reference that these are held equal to."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_localsgd import (
+    QSR,
+    AdaComm,
+    AtEnd,
+    AverageState,
+    CommBudget,
+    Corollary,
+    DiLoCo,
+    DriftLimit,
+    EveryEpoch,
+    Listed,
+    LocalSGDStrategy,
+    Outer,
+    PostLocal,
+    RoundLR,
+    SlowMo,
+    Stages,
+    TimeVarying,
+)
+from tests import reference
+from tests.models import Regression, batch, loader, network, optimizer, state_of, trainer
+
+EPOCH = 8  # steps
+RATES = {"sgd": 0.1, "momentum": 0.05, "adamw": 0.01}
+
+
+def constant(t: int) -> float:
+    return 1.0
+
+
+def falling(t: int) -> float:
+    """A warm-up of 4 steps, a plateau, and stairs down to 0."""
+    return min(1.0, t / 4) if t <= 8 else (0.5, 0.25, 0.1, 0.0)[min(3, (t - 9) // 4)]
+
+
+@dataclass
+class Algorithm:
+    """A setting, and its rule in the paper's words.
+
+    Args:
+        period: the strategy's, as are ``outer`` and ``optimizer_state``.
+        optimizer: the inner one's name.
+        steps: of the run.
+        factor: the learning rate of step t, from 1, as a multiple of the inner optimizer's own.
+        sequences: whose `RoundLR` gives the learning rate instead.
+        lengths: given the number of workers and the learning rate of each step, from 0: the rule, called with the number
+            of rounds and steps before a round; None takes the lengths as they were in the run.
+        warmup: steps in which gradients are averaged.
+        begin: the reference's restart.
+        state: the reference's optimizer state.
+    """
+
+    period: Any
+    lengths: Callable[[int, list[float], int, int], int] | None
+    outer: Any = None
+    optimizer_state: Any = "keep"
+    optimizer: str = "momentum"
+    steps: int = 24
+    factor: Callable[[int], float] = constant
+    sequences: Any = None
+    warmup: int = 0
+    begin: Callable[[nn.Module], reference.Restart] = reference.plain
+    state: str = "keep"
+
+
+def every(period: int, start: int = 0) -> Callable[..., int]:
+    return lambda N, lr, s, t: period
+
+
+def cube_root_sequence(N: int, lr: list[float], s: int, t: int) -> int:
+    return next(k for k in range(1, 999) if (k * N) ** 3 >= s + 1)
+
+
+def qsr(alpha: float, base: int, warmup: int, T: int) -> Callable[..., int]:
+    def length(N: int, lr: list[float], s: int, t: int) -> int:
+        if t < warmup:
+            return base
+        return T - t if lr[t] == 0 else min(T - t, max(base, int((alpha / lr[t]) ** 2 + 1e-9)))
+
+    return length
+
+
+def nesterov(lr: float = 0.7) -> Callable[[nn.Module], reference.Restart]:
+    sgd = partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True)
+    return lambda x: reference.OuterOptimizer(x, sgd)
+
+
+def slow(alpha: float, beta: float) -> Callable[[nn.Module], reference.Restart]:
+    return lambda x: reference.SlowMomentum(x, alpha, beta)
+
+
+def with_optimizer(make: Callable[..., torch.optim.Optimizer]) -> dict[str, Any]:
+    return {"outer": Outer(make), "begin": lambda x: reference.OuterOptimizer(x, make)}
+
+
+def algorithms() -> dict[str, Algorithm]:
+    """Return each algorithm alone, and combinations."""
+    four = {"period": 4, "lengths": every(4)}
+    adam = partial(torch.optim.Adam, lr=0.02, eps=0.1)
+    adafactor = partial(torch.optim.Adafactor, lr=0.05)
+    adagrad = partial(torch.optim.Adagrad, lr=0.02)
+    bmuf = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
+    return {
+        # when
+        "EveryEpoch": Algorithm(EveryEpoch(), every(EPOCH)),
+        "EveryEpoch(2)": Algorithm(EveryEpoch(2), every(2 * EPOCH), steps=20),
+        "AtEnd": Algorithm(AtEnd(), every(99)),
+        "PostLocal": Algorithm(
+            PostLocal(6, then=4), lambda N, lr, s, t: 1 if t < 6 else 4, warmup=6, optimizer="adamw"
+        ),
+        "PostLocal until the decay": Algorithm(
+            PostLocal("decay", then=4), lambda N, lr, s, t: 1 if t < 8 else 4, warmup=8, factor=falling
+        ),
+        "Stages": Algorithm(Stages({0: 2, 5: 3, 12: 5}), lambda N, lr, s, t: 2 if t < 5 else 3 if t < 12 else 5),
+        "Stages by epochs": Algorithm(
+            Stages({0: 2, 1: 4, 2: 8}, unit="epoch"), lambda N, lr, s, t: 2 ** (1 + t // EPOCH)
+        ),
+        "TimeVarying": Algorithm(
+            TimeVarying(), cube_root_sequence, sequences=TimeVarying(), optimizer="sgd", steps=40, warmup=1
+        ),
+        "Listed": Algorithm(
+            Listed((3, 4, 5), (1.0, 0.5)),
+            lambda N, lr, s, t: (3, 4, 5)[min(s, 2)],
+            sequences=Listed((3, 4, 5), (1.0, 0.5)),
+        ),
+        "Corollary": Algorithm(
+            Corollary(), lambda N, lr, s, t: max(i for i in range(1, 9) if i**4 * N**3 <= 1100 or i == 1), steps=24
+        ),
+        "QSR": Algorithm(QSR(0.1, 2, warmup=4), qsr(0.1, 2, 4, 24), factor=falling),
+        "AdaComm": Algorithm(AdaComm(6, every=6), None),
+        "CommBudget": Algorithm(CommBudget(0.3, first=2), None, steps=40),
+        "DriftLimit": Algorithm(DriftLimit(0.5, first=4, check=2), None, steps=40),
+        # then what
+        "DiLoCo": Algorithm(**four, outer=DiLoCo(), begin=nesterov(), optimizer="adamw"),
+        "DiLoCo without momentum": Algorithm(
+            **four, **{**with_optimizer(partial(torch.optim.SGD, lr=0.5)), "outer": DiLoCo(0.5, momentum=0.0)}
+        ),
+        "Outer(Adam)": Algorithm(**four, **with_optimizer(adam)),
+        "Outer(Adagrad)": Algorithm(**four, **with_optimizer(adagrad)),
+        "Outer(Adafactor)": Algorithm(**four, **with_optimizer(adafactor)),
+        "BMUF": Algorithm(**four, **with_optimizer(bmuf)),
+        "SlowMo": Algorithm(**four, outer=SlowMo(0.9, 0.5), begin=slow(0.9, 0.5), factor=falling, steps=28),
+        # optimizer state
+        "average momentum": Algorithm(**four, optimizer_state="average", state="average"),
+        "average Adam's": Algorithm(**four, optimizer_state="average", state="average", optimizer="adamw"),
+        "reset": Algorithm(**four, optimizer_state="reset", state="reset"),
+        # combinations
+        "PostLocal x DiLoCo": Algorithm(
+            PostLocal(6, then=4),
+            lambda N, lr, s, t: 1 if t < 6 else 4,
+            outer=DiLoCo(),
+            begin=nesterov(),
+            warmup=6,
+            optimizer="adamw",
+            steps=28,
+        ),
+        "QSR x SlowMo": Algorithm(
+            QSR(0.1, 2, warmup=4),
+            qsr(0.1, 2, 4, 28),
+            outer=SlowMo(1.0, 0.4),
+            begin=slow(1.0, 0.4),
+            factor=falling,
+            steps=28,
+        ),
+        "Stages x average": Algorithm(
+            Stages({0: 2, 8: 4}), lambda N, lr, s, t: 2 if t < 8 else 4, optimizer_state=AverageState(), state="average"
+        ),
+        "CommBudget x DiLoCo": Algorithm(CommBudget(0.3, first=2), None, outer=DiLoCo(), begin=nesterov(), steps=40),
+        "SlowMo x reset": Algorithm(
+            **four, outer=SlowMo(1.0, 0.6), begin=slow(1.0, 0.6), optimizer_state="reset", state="reset"
+        ),
+    }
+
+
+class Model(Regression):
+    def __init__(self, algorithm: Algorithm) -> None:
+        super().__init__(algorithm.optimizer)
+        self.algorithm = algorithm
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        made = optimizer(self.name, self.parameters())
+        if self.algorithm.sequences is not None:
+            scheduler: Any = RoundLR(made, self.algorithm.sequences)
+        else:
+            scheduler = LambdaLR(made, lambda step: self.algorithm.factor(step + 1))
+        return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Watch(Callback):
+    """Keeps the model after each step, the steps after which rounds had ended, and the drift as it was known."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, torch.Tensor]] = []
+        self.starts: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.states.append(state_of(pl_module))
+        self.starts.append(trainer.strategy.worker.clock.start)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.starts.append(trainer.strategy.worker.clock.start)
+        self.states[-1] = state_of(pl_module)
+
+
+def run(workers: int, chosen: dict[str, Algorithm]) -> dict[str, Any]:
+    """Train each; return the models after each step, the steps after which rounds ended, and the losses."""
+    found = {}
+    for name, algorithm in chosen.items():
+        model, watch = Model(algorithm), Watch()
+        strategy = LocalSGDStrategy(algorithm.period, outer=algorithm.outer, optimizer_state=algorithm.optimizer_state)
+        fit = trainer(workers, strategy, callbacks=[watch], max_epochs=-1, max_steps=algorithm.steps)
+        fit.fit(model, loader([EPOCH] * workers))
+        found[name] = watch.states, sorted({start for start in watch.starts if start}), model.losses
+    return found
+
+
+def run_by_name(workers: int, names: list[str]) -> dict[str, Any]:
+    return run(workers, {name: algorithms()[name] for name in names})
+
+
+def rate_of(algorithm: Algorithm, workers: int) -> Callable[[int], float]:
+    """Return the learning rate of step t, from 1."""
+
+    def gamma(t: int) -> float:
+        if algorithm.sequences is None:
+            return RATES[algorithm.optimizer] * algorithm.factor(t)
+        s, _ = algorithm.sequences.round_at(t - 1, workers)
+        return RATES[algorithm.optimizer] * algorithm.sequences.rate(s, workers)
+
+    return gamma
+
+
+def ends_of(algorithm: Algorithm, workers: int) -> list[int]:
+    """Return the steps after which rounds end, by the rule."""
+    assert algorithm.lengths is not None
+    gamma = rate_of(algorithm, workers)
+    rates = [gamma(t) for t in range(1, algorithm.steps + 1)]
+    ends, s = [0], 0
+    while ends[-1] < algorithm.steps:
+        length = algorithm.lengths(workers, rates, s, ends[-1])
+        assert length == 1 or ends[-1] >= algorithm.warmup
+        ends.append(min(algorithm.steps, ends[-1] + length))
+        s += 1
+    return ends[1:]
+
+
+def loss_of(x: nn.Module, i: int, t: int) -> torch.Tensor:
+    inputs, targets = batch(i, (t - 1) % EPOCH)
+    return ((x(inputs) - targets) ** 2).mean()
+
+
+def serial(algorithm: Algorithm, workers: int, ends: list[int]) -> Iterator[list[nn.Module]]:
+    """Run the serial reference."""
+    return reference.restarted_sgd(
+        network(seed=0),
+        workers,
+        ends,
+        algorithm.steps,
+        lambda x_i: optimizer(algorithm.optimizer, x_i.parameters()),
+        loss_of,
+        algorithm.begin,
+        gamma=rate_of(algorithm, workers),
+        warmup=algorithm.warmup,
+        state=algorithm.state,
+    )
+
+
+def mean_losses(losses: list[list[float]]) -> list[float]:
+    """Return the mean loss over the workers of each step."""
+    return [math.fsum(of_step) / len(of_step) for of_step in zip(*losses, strict=True)]
