@@ -201,8 +201,8 @@ class DriftLimit(Schedule):
 
     and between half and twice the last length. :math:`d_r` is the drift at the end of round r: how far the replicas had
     moved apart, relative to how far they had moved together from the anchor a; it travels in the header of the next
-    average, and so acts one round late. Where gradients are mostly noise the drift is near :math:`\sqrt{N - 1}`, whatever
-    the length: choose a limit above what your task shows in its first rounds.
+    average, and so acts one round late. Where gradients are mostly noise the drift is near :math:`\sqrt{N - 1}`,
+    whatever the length: choose a limit above what your task shows in its first rounds.
 
     With ``check`` the workers also exchange a header every so many steps inside a round, with each one's own distance
     from the anchor, and end the round where these alone prove a drift above the limit: their standard deviation is at

@@ -42,6 +42,11 @@ class Clock:
         """Whether this round has a length."""
         return self.length is not None
 
+    @property
+    def plans_late(self) -> bool:
+        """Whether the schedule wants to know what only the first step of a round tells."""
+        return bool(self.schedule.needs & {"learning_rate", "epoch"})
+
     def progress(self, measured: Measured, epoch: int, **more: Any) -> Progress:
         """Return what the schedule may know now."""
         last = self._last_length
@@ -49,7 +54,7 @@ class Clock:
             self.start,
             self.round,
             self._workers,
-            epoch=epoch,
+            epoch=epoch if "epoch" in self.schedule.needs else None,
             averages_models=self.averages_models,
             last_length=last.count if isinstance(last, Epochs) else last,
             last_start=None if last is None else self._last_start,

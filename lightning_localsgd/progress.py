@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Need = Literal["learning_rate", "loss", "steps_left", "seconds", "drift"]
+Need = Literal["epoch", "learning_rate", "loss", "steps_left", "seconds", "drift"]
 _KEPT = 5  # measurements of time whose median is taken: one validation or swapped page does not move it
 
 
@@ -26,7 +26,7 @@ class Progress:
         step: steps taken since the start of the run, at least 0.
         round: rounds completed since the start of the run, at least 0.
         workers: number of workers N, at least 1.
-        epoch: passes over the data completed by ``Trainer``'s count, at least 0.
+        epoch: passes over the data completed by ``Trainer``'s count at the first step of the round, at least 0.
         averages_models: whether models are averaged already, because a round was longer than one step.
         last_length: the length of the last round as it was planned, or None before the first.
         last_start: the step at which the last round started, or None before the first.
@@ -49,7 +49,7 @@ class Progress:
     step: int
     round: int
     workers: int
-    epoch: int = 0
+    epoch: int | None = None
     averages_models: bool = False
     last_length: float | None = None
     last_start: int | None = None

@@ -30,9 +30,10 @@ class Schedule(ABC):
     :math:`t_{r+1} = t_r + \mathrm{length}(t_r, r, N, \ldots)`. A schedule is asked with the same numbers on every
     worker and must answer alike: write it as a frozen dataclass without random numbers or clocks.
 
-    What is to be measured for it stands in ``needs``, as a class attribute or property: ``"learning_rate"`` (for which
-    the workers exchange one more header in each round, at its first step), ``"loss"``, ``"steps_left"``, ``"seconds"``
-    and ``"drift"`` (which keeps a copy of the model). The rest of :class:`Progress` is always known.
+    What is to be measured for it stands in ``needs``, as a class attribute or property: ``"learning_rate"`` and
+    ``"epoch"`` (for which the workers exchange one more header in each round, at its first step), ``"loss"``,
+    ``"steps_left"``, ``"seconds"`` and ``"drift"`` (which keeps a copy of the model). The rest of :class:`Progress` is
+    always known.
 
     A schedule may also end a round early: with ``check`` above 0 the workers exchange a header, which costs a round
     trip, after each ``check`` steps inside a round, and ask :meth:`ends_round`.
@@ -247,7 +248,8 @@ class Stages(Schedule):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        return frozenset().union(*(stage.needs for stage in self._stages.values()))
+        own: frozenset[Need] = frozenset({"epoch"}) if self.unit == "epoch" else frozenset()
+        return own.union(*(stage.needs for stage in self._stages.values()))
 
     @property
     def check(self) -> int:  # type: ignore[override]
@@ -261,6 +263,7 @@ class Stages(Schedule):
 
     def _stage(self, progress: Progress) -> Schedule:
         now = progress.step if self.unit == "step" else progress.epoch
+        assert now is not None
         return self._stages[max(start for start in self._stages if start <= now)]
 
     def length(self, progress: Progress) -> Length:

@@ -340,8 +340,9 @@ class LocalSGD(_Base):
         else:
             if not self._step_is_open:
                 worker.ask(Want.STEP, detail=len(self._unreduced))
-                self._leave_reducer()
             self._step_is_open = self._accumulating
+        if worker.clock.averages_models:
+            self.model = self.lightning_module  # the reducer goes with its memory, and does not come back
         worker.touched = True
         output = super().training_step(*args, **kwargs)
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
@@ -360,11 +361,6 @@ class LocalSGD(_Base):
         self.worker.restart(clock, Measured(self.schedule.needs, self._resumed.get("measured")))
         self.model = self.lightning_module
         self._unreduced = list(self.model.parameters())
-
-    def _leave_reducer(self) -> None:
-        """From the first round on that averages models: the reducer goes with its memory, and does not come back."""
-        if self.worker.clock.averages_models:
-            self.model = self.lightning_module
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._worker is not None:
@@ -422,7 +418,6 @@ class LocalSGD(_Base):
     def _end_step(self) -> None:
         self._optimizer_stepped = False
         self.worker.end_step()
-        self._leave_reducer()
         if _lightning.is_last_batch(self._trainer):
             self.worker.end_last_step()
 

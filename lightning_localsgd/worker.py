@@ -302,7 +302,7 @@ class Worker:
         self._plan_round()
 
     def _plan_if_known(self) -> None:
-        if "learning_rate" not in self.clock.schedule.needs:
+        if not self.clock.plans_late:
             self._plan_round()
 
     def _plan_round(self) -> None:

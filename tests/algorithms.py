@@ -56,8 +56,8 @@ class Algorithm:
         steps: of the run.
         factor: the learning rate of step t, from 1, as a multiple of the inner optimizer's own.
         sequences: whose `RoundLR` gives the learning rate instead.
-        lengths: given the number of workers and the learning rate of each step, from 0: the rule, called with the number
-            of rounds and steps before a round; None takes the lengths as they were in the run.
+        lengths: the rule: given the number of workers, the learning rate of each step, from 0, and the numbers of
+            rounds and of steps before; None takes the lengths as they were in the run.
         warmup: steps in which gradients are averaged.
         begin: the reference's restart.
         state: the reference's optimizer state.
@@ -137,11 +137,11 @@ def algorithms() -> dict[str, Algorithm]:
             sequences=Listed((3, 4, 5), (1.0, 0.5)),
         ),
         "Corollary": Algorithm(
-            Corollary(), lambda N, lr, s, t: max(i for i in range(1, 9) if i**4 * N**3 <= 1100 or i == 1), steps=24
+            Corollary(20_000), lambda N, lr, s, t: max(i for i in range(1, 99) if i**4 * N**3 <= 20_000), steps=40
         ),
         "QSR": Algorithm(QSR(0.1, 2, warmup=4), qsr(0.1, 2, 4, 24), factor=falling),
         "AdaComm": Algorithm(AdaComm(6, every=6), None),
-        "CommBudget": Algorithm(CommBudget(0.3, first=2), None, steps=40),
+        "CommBudget": Algorithm(CommBudget(0.3, at_least=3, first=4), None, steps=32),
         "DriftLimit": Algorithm(DriftLimit(0.5, first=4, check=2), None, steps=40),
         # then what
         "DiLoCo": Algorithm(**four, outer=DiLoCo(), begin=nesterov(), optimizer="adamw"),
@@ -178,7 +178,9 @@ def algorithms() -> dict[str, Algorithm]:
         "Stages x average": Algorithm(
             Stages({0: 2, 8: 4}), lambda N, lr, s, t: 2 if t < 8 else 4, optimizer_state=AverageState(), state="average"
         ),
-        "CommBudget x DiLoCo": Algorithm(CommBudget(0.3, first=2), None, outer=DiLoCo(), begin=nesterov(), steps=40),
+        "CommBudget x DiLoCo": Algorithm(
+            CommBudget(0.3, at_least=3, first=4), None, outer=DiLoCo(), begin=nesterov(), steps=32
+        ),
         "SlowMo x reset": Algorithm(
             **four, outer=SlowMo(1.0, 0.6), begin=slow(1.0, 0.6), optimizer_state="reset", state="reset"
         ),

@@ -76,7 +76,9 @@ class Case:
     """A run of several workers, and where it is saved."""
 
     workers: int = 2
-    period: int = 4
+    period: Any = 4
+    outer: Any = None
+    optimizer_state: Any = "keep"
     optimizer: str = "adamw"
     kind: str = "noisy"
     manual: bool = False
@@ -233,7 +235,13 @@ def run(case, folder=None, saver=None, resume=None, callbacks=()):
     if saver is not None:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **saver))
     model, loader = model_of(case), loader_of(case)
-    strategy = LocalSGDStrategy(case.period, mean=Mean(bucket_mb=case.bucket_mb), checkpoint=case.checkpoint)
+    strategy = LocalSGDStrategy(
+        case.period,
+        mean=Mean(bucket_mb=case.bucket_mb),
+        outer=case.outer,
+        optimizer_state=case.optimizer_state,
+        checkpoint=case.checkpoint,
+    )
     options = {"max_epochs": case.epochs, "num_sanity_val_steps": 0} | case.options
     validates = any("val" in name for name in case.options)
     fit = trainer(

@@ -1,11 +1,25 @@
 """A run that goes on from an exact checkpoint is, bit for bit, the run that was not stopped."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_localsgd import LocalSGDStrategy
+from lightning_localsgd import (
+    QSR,
+    AdaComm,
+    AtEnd,
+    AverageState,
+    DiLoCo,
+    DriftLimit,
+    EveryEpoch,
+    LocalSGDStrategy,
+    Outer,
+    PostLocal,
+    SlowMo,
+    Stages,
+)
 from lightning_localsgd.place import Follower, random_state, set_random_state
 from tests.resume import Case, go_on, run
 from tests.workers import run_workers
@@ -63,6 +77,20 @@ CASES = {
     "LBFGS": (Case(optimizer="lbfgs", kind="norm", epochs=2), {"every_n_train_steps": 5}),
     "a schedule of learning rates": (Case(scheduler="step"), {"every_n_train_steps": 4}),
     "loaders made anew": (Case(options={"reload_dataloaders_every_n_epochs": 1}), {"every_n_train_steps": 4}),
+    "warm-up, and DiLoCo": (Case(period=PostLocal(3, then=4), outer=DiLoCo()), {"every_n_train_steps": 2}),
+    "SlowMo": (Case(outer=SlowMo(0.9, 0.5), scheduler="step", kind="norm", optimizer="momentum"), EVERY),
+    "an outer Adam in small buckets": (
+        Case(outer=Outer(partial(torch.optim.Adam, lr=0.01)), bucket_mb=2**-14),
+        {"every_n_train_steps": 5},
+    ),
+    "an outer Adafactor": (Case(outer=Outer(partial(torch.optim.Adafactor, lr=0.01))), {"every_n_train_steps": 5}),
+    "rounds by the learning rate": (Case(period=QSR(0.02, 2), scheduler="step"), {"every_n_train_steps": 2}),
+    "rounds by the loss": (Case(period=AdaComm(4, every=4, learning_rate=True), scheduler="step"), EVERY),
+    "rounds by the drift": (Case(period=DriftLimit(0.5, first=3, check=2)), {"every_n_train_steps": 2}),
+    "rounds of two passes": (Case(period=EveryEpoch(2), epochs=4), {"every_n_train_steps": 5}),
+    "one average": (Case(period=AtEnd(), epochs=2), EVERY),
+    "stages by epochs": (Case(period=Stages({0: 2, 1: 5}, unit="epoch")), EVERY),
+    "averaged moments": (Case(optimizer_state=AverageState({"exp_avg": 1, "exp_avg_sq": 2})), EVERY),
     "fewer batches than there are": (Case(options={"limit_train_batches": 5}), {"every_n_train_steps": 2}),
 }
 
@@ -82,9 +110,9 @@ def check(ranks):
                 assert not one.said, (name, one)
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(4))
 def test_it_goes_on_bit_for_bit(part, tmp_path):
-    cases = dict(list(CASES.items())[part::3])
+    cases = dict(list(CASES.items())[part::4])
     check(run_workers(go_on_all, 2, cases, str(tmp_path), timeout=240))
 
 

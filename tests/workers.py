@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import socket
 import time
 import traceback
@@ -69,9 +70,9 @@ def run_workers(
     finally:
         for process in processes:
             process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            with suppress(ProcessLookupError):  # also loader processes that a killed worker has left behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
     hung = [rank for rank in range(size) if rank not in values and rank not in errors]
     if errors and not catch:
         raise WorkerError({rank: text for rank, (_, text) in errors.items()} | dict.fromkeys(hung, "killed"))
@@ -109,6 +110,7 @@ def _collect(
 def _work(
     pipe: Connection, rank: int, port: int, filters: list[Any], timeout: float, function: Callable[..., Any], args: Any
 ) -> None:
+    os.setpgid(0, 0)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
