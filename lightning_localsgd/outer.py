@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,10 @@ class Stepper(ABC):
     @abstractmethod
     def load_state_dict(self, state: State) -> None:
         """Take up what was remembered of those parameters that ``state`` knows."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """After the last step: keep what is remembered in main memory, and let go of the anchor."""
 
 
 # ------------------------------------------------------------------------------------------------ an outer optimizer
@@ -228,6 +233,10 @@ class Pieces(Stepper):
     def load_state_dict(self, state: State) -> None:
         self._later, self._pieces = state, {}
 
+    def rest(self) -> None:
+        for parameter, optimizer in self._pieces.values():
+            _rest(parameter, optimizer)
+
 
 class Shapes(Stepper):
     """Any other optimizer, on the parameters' own shapes."""
@@ -252,13 +261,24 @@ class Shapes(Stepper):
 
     def state_dict(self) -> State:
         state = self._optimizer.state
-        return {name: dict(state.get(own, {})) for name, own in zip(self._names, self._anchors, strict=True)}
+        return {name: deepcopy(state.get(own, {})) for name, own in zip(self._names, self._anchors, strict=True)}
 
     def load_state_dict(self, state: State) -> None:
         for name, own in zip(self._names, self._anchors, strict=True):
             for key, value in state.get(name, {}).items():
                 kept = value.to(own.device, copy=True) if isinstance(value, Tensor) and value.ndim else value
                 self._optimizer.state[own][key] = kept
+
+    def rest(self) -> None:
+        for parameter in self._anchors:
+            _rest(parameter, self._optimizer)
+
+
+def _rest(parameter: Tensor, optimizer: Optimizer) -> None:
+    state = optimizer.state[parameter]
+    for key, value in state.items():
+        state[key] = value.cpu() if isinstance(value, Tensor) else value
+    parameter.data = torch.empty(0)
 
 
 # -------------------------------------------------------------------------------------------------------- slow momentum
@@ -336,6 +356,9 @@ class Slow(Stepper):
         for line in self._anchor.lines:
             if line.name in state:
                 self._u[line.group][line.start : line.start + line.size].copy_(state[line.name]["u"])
+
+    def rest(self) -> None:
+        self._u = {group: u.cpu() for group, u in self._u.items()}
 
 
 def _require_momentum(name: str, value: Any) -> None:
@@ -431,6 +454,13 @@ class Landing:
         if not self._measures:
             return math.nan, math.nan
         return self._squares["apart"], self._squares["together"]
+
+    def rest(self) -> None:
+        """After the last round: keep only what :meth:`state_dict` gives without the anchor."""
+        if self._anchor is not None:
+            self._anchor.values.clear()
+        if self._stepper is not None:
+            self._stepper.rest()
 
     def distance(self, views: Sequence[Tensor]) -> float:
         """Return how far this worker has moved from the anchor."""

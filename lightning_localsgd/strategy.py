@@ -166,7 +166,7 @@ class LocalSGD(_Base):
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
         self._resumed: dict[str, Any] = {}  # our entry in the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
-        self._last: dict[str, Any] = {}  # our entry in a checkpoint that is saved after the fit
+        self._last: Worker | None = None  # of the last fit, for a checkpoint that is saved after it
         self._averages: list[_lightning.Average] = []  # of the callbacks of the fit in progress
         self._undo = ExitStack()  # puts back what a fit has wrapped
 
@@ -283,7 +283,8 @@ class LocalSGD(_Base):
     def teardown(self) -> None:
         self._undo.close()
         if self._worker is not None:
-            self._last = {"clock": self._worker.clock.state_dict(), **self._worker.common_state(whole=False)}
+            self._worker.landing.rest()
+            self._last = self._worker
         self._worker, self._fit, self._running = None, None, False
         self._resumed, self._part, self._averages = {}, None, []
         if isinstance(self.model, DistributedDataParallel):
@@ -563,7 +564,7 @@ class LocalSGD(_Base):
         state: dict[str, Any] = super().optimizer_state(optimizer)
         if self._communicates:
             return self.worker.mean_state(optimizer, state)
-        if self._worker is None and self._last and self._last["clock"]["averages_models"] and not self._is_apart:
+        if self._worker is None and self._last and self._last.clock.averages_models and not self._is_apart:
             return mean_state(state, self.mean, self._talk(), reader=0, device=self.root_device)  # after a fit
         return state
 
@@ -577,15 +578,18 @@ class LocalSGD(_Base):
         self._checkpoint_io = io
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        entry = {"clock": self._worker.clock.state_dict()} if self._worker is not None else self._last
-        if entry:
-            checkpoint[KEY] = {**entry, **self._setting()}
+        worker = self._worker or self._last
+        if worker is not None:
+            checkpoint[KEY] = self._setting()
         if self._communicates:
             exact = self._exact and "optimizer_states" in checkpoint  # else only weights are saved
             with self.worker.measured.pause():
                 common = partial(self.worker.common_state, whole=exact)
                 self._handle_files(Save(str(filepath), checkpoint, storage_options, exact, common))
-        elif self._is_apart:
+            return
+        if worker is not None:
+            checkpoint[KEY] |= worker.common_state(whole=False)
+        if self._is_apart:
             checkpoint[KEY] = checkpoint.get(KEY, {}) | {"one_worker": self.global_rank}
             path = one_workers_path(str(filepath), self.global_rank)
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)

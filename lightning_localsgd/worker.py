@@ -124,10 +124,10 @@ class Worker:
         self.landing.forget()
 
     def common_state(self, whole: bool) -> dict[str, Any]:
-        """Return what is equal on all workers, beside the clock; with the anchor if ``whole``."""
+        """Return what a checkpoint keeps that is equal on all workers; with the anchor if ``whole``."""
         landing = self.landing.state_dict(whole)
         measured = {"measured": self.measured.state_dict()} if self.measured.needs else {}
-        return measured | ({"landing": landing} if landing else {})
+        return {"clock": self.clock.state_dict()} | measured | ({"landing": landing} if landing else {})
 
     @contextmanager
     def state(self) -> Generator[dict[str, Any], None, None]:

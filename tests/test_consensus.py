@@ -247,7 +247,7 @@ def averages_at(folder, period, resume):
     callbacks = [trajectory] if resume else [trajectory, saver]
     run = trainer(2, period, callbacks=callbacks, enable_checkpointing=not resume, max_epochs=2, max_steps=16)
     run.fit(model, loader([10, 10]), ckpt_path=f"{folder}/step=6.ckpt" if resume else None, **WEIGHTS_ONLY)
-    return trajectory.states, run.strategy._last["clock"]
+    return trajectory.states, run.strategy._last.clock.state_dict()
 
 
 def test_resuming_starts_a_new_round(tmp_path):

@@ -1,7 +1,7 @@
 """Outer steps and optimizer states: on paper, by identities, where they apply, and what they cost."""
 
+import itertools
 import math
-import resource
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -400,8 +400,8 @@ def test_a_clock_of_an_earlier_version_is_understood():
 
 
 def peak_memory(outer):
-    """Return the most memory that a run of three rounds has had, in models."""
-    size = 8_000_000
+    """Return the most memory that tensors have had at once in a run of three rounds, in models."""
+    size = 4_000_000
 
     class Wide(Constant):
         def __init__(self):
@@ -411,17 +411,20 @@ def peak_memory(outer):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
-    strategy = LocalSGDStrategy(2, outer=outer, mean=Mean(bucket_mb=2))
-    trainer(2, strategy, max_epochs=-1, max_steps=6).fit(Wide(), loader([6] * 2))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / (4 * size)
+    strategy = LocalSGDStrategy(2, outer=outer, mean=Mean(bucket_mb=1))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        trainer(2, strategy, max_epochs=-1, max_steps=6).fit(Wide(), loader([6] * 2))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes)) / (4 * size)
 
 
 @pytest.mark.parametrize(
     ("outer", "most"), [(DiLoCo(), 2), (SlowMo(), 2), (Outer(partial(torch.optim.Adam, lr=1e-3)), 3)]
 )
 def test_what_an_outer_step_costs_in_memory(outer, most):
-    # The anchor and the optimizer's state: one model for momentum, two for Adam. What it needs for a moment is less
-    # than a third of a model here, which is five buckets of 2 MiB or two of the pieces that it steps at a time.
-    plain = min(run_workers(peak_memory, 2, None))
+    # The anchor and the optimizer's state: one model for momentum, two for Adam. What it needs for a moment beside the
+    # average is small: here, a few pieces of 1 MiB, the bucket's size.
+    plain = max(run_workers(peak_memory, 2, None))
     for models in run_workers(peak_memory, 2, outer):
-        assert models - plain == pytest.approx(most, abs=0.35)
+        assert most - 0.1 < models - plain < most + 0.25
