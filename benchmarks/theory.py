@@ -9,8 +9,8 @@
 
 Prints a table, exits with 1 if a claim does not hold, and draws `docs/theory.png`. The error is that of the theorems:
 the mean over the steps of ||grad f(xbar)||^2, where xbar is the average of the workers at that step, whether or not
-they average then. No part of Lightning is involved: each algorithm is a few lines, for all workers and repeats at once,
-in the paper's notation and in float64. Constants and pseudo-code are re-derived: the body of the paper was not at hand.
+they average then. Intervals and sequences are the package's; the algorithms are simulated, a few lines each, for all
+workers and repeats at once, in the paper's notation and in float64. Constants and pseudo-code are re-derived: the body of the paper was not at hand.
 
 The problem: robust linear regression. f is the mean over 192 samples of rho(a.x - b), rho(r) = r^2 / (2 + 2 r^2), in 8
 dimensions; L = 1 is the largest eigenvalue of the mean of a a^T. A fifth of the samples are outliers, and at the start
@@ -38,6 +38,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_localsgd import Corollary, Progress, TimeVarying
+
 PICTURE = Path(__file__).parent.parent / "docs" / "theory.png"
 SPEEDS = (1, 2, 4)  # of the workers of Algorithm 3
 SCALE = 0.25  # of Algorithm 2's step size, in units of 1/L
@@ -47,18 +49,14 @@ SCALE = 0.25  # of Algorithm 2's step size, in units of 1/L
 
 def corollary(N: int, T: int, L: float) -> tuple[float, int]:
     """Return Corollary 1's step size, and the largest interval I >= 1 with I <= T^(1/4) / N^(3/4)."""
-    I = 1
-    while (I + 1) ** 4 * N**3 <= T:
-        I += 1
+    I = Corollary(total_steps=T).length(Progress(step=0, round=1, workers=N))
     return math.sqrt(N / T) / L, I
 
 
 def time_varying(N: int, s: int, L: float) -> tuple[float, int]:
     """Return Algorithm 2's gamma^s = N / s^(2/3), scaled and at most 1/L, and K^s = ceil(s^(1/3) / N)."""
-    K = 1
-    while s > (K * N) ** 3:
-        K += 1
-    return min(1.0, SCALE * N / s ** (2 / 3)) / L, K
+    sequences = TimeVarying()
+    return min(1.0, SCALE * sequences.rate(s, N)) / L, sequences.interval(s, N)
 
 
 # ---------------------------------------------------------------------------------------------------------- the problem

@@ -1,13 +1,16 @@
 """Settings of each algorithm, real runs of them, and the serial reference that these are held equal to."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -223,20 +226,17 @@ class Watch(Callback):
         self.states[-1] = state_of(pl_module)
 
 
-def run(workers: int, chosen: dict[str, Algorithm]) -> dict[str, Any]:
+def run(workers: int, names: list[str]) -> dict[str, Any]:
     """Train each; return the models after each step, the steps after which rounds ended, and the losses."""
     found = {}
-    for name, algorithm in chosen.items():
-        model, watch = Model(algorithm), Watch()
+    for name in names:
+        algorithm, watch = algorithms()[name], Watch()
+        model = Model(algorithm)
         strategy = LocalSGDStrategy(algorithm.period, outer=algorithm.outer, optimizer_state=algorithm.optimizer_state)
         fit = trainer(workers, strategy, callbacks=[watch], max_epochs=-1, max_steps=algorithm.steps)
         fit.fit(model, loader([EPOCH] * workers))
         found[name] = watch.states, sorted({start for start in watch.starts if start}), model.losses
     return found
-
-
-def run_by_name(workers: int, names: list[str]) -> dict[str, Any]:
-    return run(workers, {name: algorithms()[name] for name in names})
 
 
 def rate_of(algorithm: Algorithm, workers: int) -> Callable[[int], float]:
@@ -289,3 +289,51 @@ def serial(algorithm: Algorithm, workers: int, ends: list[int]) -> Iterator[list
 def mean_losses(losses: list[list[float]]) -> list[float]:
     """Return the mean loss over the workers of each step."""
     return [math.fsum(of_step) / len(of_step) for of_step in zip(*losses, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ from YAML
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "algorithms").glob("*.yaml"))
+
+
+def as_in_yaml() -> dict[str, LocalSGDStrategy]:
+    """Return in Python what each file in `configs/algorithms` says."""
+    return {
+        "at-end": LocalSGDStrategy(AtEnd()),
+        "comm-budget-diloco": LocalSGDStrategy(CommBudget(0.05, at_most=64), outer=DiLoCo()),
+        "ddp": LocalSGDStrategy(1),
+        "every": LocalSGDStrategy(8),
+        "every-epoch": LocalSGDStrategy(EveryEpoch()),
+        "outer-adam": LocalSGDStrategy(8, outer=Outer(partial(torch.optim.Adam, lr=0.003))),
+        "post-local-diloco": LocalSGDStrategy(PostLocal(50, then=16), outer=DiLoCo()),
+        "qsr-slowmo": LocalSGDStrategy(QSR(0.01, 4), outer=SlowMo(1.0, 0.4)),
+        "stages-average": LocalSGDStrategy(Stages({0: 4, 48: 16}), optimizer_state="average"),
+        "time-varying": LocalSGDStrategy(TimeVarying()),
+    }
+
+
+def said(strategy: LocalSGDStrategy) -> list[Any]:
+    """Return what was asked for, in words; an outer optimizer by what it makes."""
+    outer = strategy.outer
+    if isinstance(outer, Outer):
+        made = outer.optimizer([torch.zeros(1)])
+        return [repr(strategy.schedule), repr(strategy._state_rule), type(made), made.defaults]
+    return [repr(strategy.schedule), repr(strategy._state_rule), repr(outer)]
+
+
+def from_yaml() -> dict[str, Any]:
+    """Train with each file by LightningCLI, and with the same in Python; return what they are, and both models."""
+    os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what Lightning calls
+    quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"]
+    numbers = {"accelerator": "cpu", "devices": 2, "max_epochs": -1, "max_steps": 72}
+    options = [f"--trainer.{name}=false" for name in quiet]
+    options += [f"--trainer.{name}={value}" for name, value in numbers.items()]
+    found = {}
+    for path in CONFIGS:
+        args = ["--config", str(path), "--model.optimizer=momentum", *options]
+        cli = LightningCLI(Regression, args=args, run=False, save_config_callback=None, seed_everything_default=0)
+        cli.trainer.fit(cli.model, loader([EPOCH] * 2))
+        strategy, model = as_in_yaml()[path.stem], Regression("momentum")
+        trainer(2, strategy, max_epochs=-1, max_steps=72).fit(model, loader([EPOCH] * 2))
+        found[path.stem] = said(cli.trainer.strategy), said(strategy), state_of(cli.model), state_of(model)
+    return found
