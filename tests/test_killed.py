@@ -67,14 +67,15 @@ def killed_runs(draw):
 
 
 class Kills(Callback):
-    """Kills this worker after so many batches."""
+    """Kills this worker after so many batches, and the processes that load its data, which might not notice."""
 
     def __init__(self, after):
         self.after = after
 
     def on_train_batch_start(self, trainer, *_):
         if trainer.fit_loop.total_batch_idx >= self.after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for pid in (*children_of(os.getpid()), os.getpid()):
+                os.kill(pid, signal.SIGKILL)
 
 
 def run_twice(case, saver, after, folder):
