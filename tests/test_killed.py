@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -74,8 +75,10 @@ class Kills(Callback):
 
     def on_train_batch_start(self, trainer, *_):
         if trainer.fit_loop.total_batch_idx >= self.after:
-            for pid in (*children_of(os.getpid()), os.getpid()):
-                os.kill(pid, signal.SIGKILL)
+            for pid in children_of(os.getpid()):
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_twice(case, saver, after, folder):
