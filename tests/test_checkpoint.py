@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
@@ -250,8 +251,16 @@ def test_who_raises_saves_its_own_replica_under_its_rank_and_nobody_takes_it_for
     assert same(run_workers(goes_on_plainly, 2, str(tmp_path / "adopted.ckpt")))
 
 
+class Slow(AtomicCheckpointIO):
+    """Takes longer to save than the training takes to the next save, which removes this one."""
+
+    def save_checkpoint(self, *args, **options):
+        time.sleep(1)
+        super().save_checkpoint(*args, **options)
+
+
 def save_in_the_background(folder):
-    return save_once(folder, plugins=[AsyncCheckpointIO()])
+    return save_once(folder, plugins=[AsyncCheckpointIO(Slow())])
 
 
 def test_saving_in_the_background_keeps_the_order(tmp_path):
