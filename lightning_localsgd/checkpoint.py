@@ -105,8 +105,7 @@ class Parts:
         try:
             if isinstance(files, LocalFileSystem):
                 return cls.of(torch.load(name, map_location="cpu", mmap=True, weights_only=True))
-            with files.open(name, "rb") as file:
-                return cls.of(torch.load(cast(BinaryIO, file), map_location="cpu", weights_only=True))
+            return cls.of(_load(files, name))
         except Exception:  # no file, or not one of ours
             return None
 
@@ -128,10 +127,9 @@ class Parts:
         for folder in dict.fromkeys((self.folder, os.path.join(_folder_of(main), _FOLDER))):
             files, name = url_to_fs(os.path.join(folder, self.id, _name(rank)))
             if files.exists(name):
-                with files.open(name, "rb") as file:
-                    part = torch.load(cast(BinaryIO, file), map_location="cpu", weights_only=weights_only)
+                part = _load(files, name, weights_only)
                 assert part["id"] == self.id
-                return cast(dict[str, Any], part)
+                return part
         raise FileNotFoundError(
             f"The checkpoint {main} is incomplete: rank {rank}'s part {self.id}/{_name(rank)} is neither in "
             f'{self.folder} nor beside it. To go on from its consensus alone, take `checkpoint="consensus"`.'
@@ -294,6 +292,11 @@ class Keeper:
             order.stale.remove()
 
 
+def _load(files: Any, name: str, weights_only: bool = True) -> dict[str, Any]:
+    with files.open(name, "rb") as file:
+        return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=weights_only))
+
+
 def _exists(path: str) -> bool:
     files, name = url_to_fs(path)
     return bool(files.exists(name))
@@ -333,7 +336,7 @@ def adopt_replica(path: str | os.PathLike[str], new_path: str | os.PathLike[str]
     Example:
         ``adopt_replica("on_exception-rank1.ckpt", "go_on.ckpt")``, then ``trainer.fit(model, ckpt_path="go_on.ckpt")``.
     """
-    checkpoint = TorchCheckpointIO().load_checkpoint(os.fspath(path), weights_only=True)
+    checkpoint = _load(*url_to_fs(os.fspath(path)))
     if "one_worker" not in checkpoint.get(KEY, {}):
         raise ValueError(f"`path` must be a checkpoint of one worker's replica, got {os.fspath(path)!r}.")
     del checkpoint[KEY]["one_worker"]

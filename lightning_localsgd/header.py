@@ -7,6 +7,7 @@ serves the want of at least one rank, or all ranks raise the same error.
 """
 
 import operator
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
@@ -289,6 +290,9 @@ class Header:
         ):  # else it was Ctrl-C in a header, and this would wait for it
             self._work = None  # which keeps the connections open
             dist.destroy_process_group(self._group)
+            # Before torch 2.8 the end of a group waits for its threads and keeps the GIL, which they may still need to
+            # drop the tensors of the last header.
+            time.sleep(0.1)
         self._group = None
 
     def look(self, who: str) -> None:

@@ -32,7 +32,7 @@ def requirements(pair: str) -> list[str]:
     if pair == "oldest":
         asked = [str(requirement).replace(">=", "==") for requirement in supported()]
     elif pair == "newest":
-        asked = [requirement.name for requirement in supported()]
+        asked = [str(requirement).partition(">=")[0] for requirement in supported()]
     else:
         asked = pair.split(",")
     return asked + [f"pytorch-{line}" for line in asked if line.startswith("lightning")]

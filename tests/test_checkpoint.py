@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
@@ -17,7 +18,7 @@ from lightning_localsgd import LocalSGDStrategy, adopt_replica
 from lightning_localsgd.checkpoint import AtomicCheckpointIO, write
 from tests.models import Regression, rank, same, state_of, trainer
 from tests.resume import Points
-from tests.versions import WEIGHTS_ONLY
+from tests.versions import WEIGHTS_ONLY, has
 from tests.workers import run_workers
 
 KEY = "lightning_localsgd"
@@ -174,7 +175,8 @@ def test_a_truncated_checkpoint_is_one_error_on_all_ranks(tmp_path):
     path = tmp_path / "step=12.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
     ends = run_workers(goes_on, 2, path, catch=True, timeout=60)
-    assert all("Raised" in type(end).__name__ for end in ends)
+    assert ends[0] == ends[1]
+    assert "failed reading zip archive" in ends[0].message
 
 
 class Looks(Callback):
@@ -222,8 +224,9 @@ class Fails(Logs):
 
 
 def fail(folder):
+    saves = {"save_on_exception": True} if has("2.5.3") else {}
     savers = [
-        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_on_exception=True),
+        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, **saves),
         OnExceptionCheckpoint(folder),
     ]
     fit(folder, model=Fails, callbacks=savers)
@@ -234,7 +237,7 @@ def test_who_raises_saves_its_own_replica_under_its_rank_and_nobody_takes_it_for
     assert ends[1].type == "ZeroDivisionError"
     names = mains(tmp_path)
     assert "step=4.ckpt" in names  # the last good one
-    assert "step=6-rank1.ckpt" in names
+    assert ("step=6-rank1.ckpt" in names) == has("2.5.3")
     assert "on_exception-rank1.ckpt" in names
     assert all("rank" in name for name in names if name != "step=4.ckpt")
     ends = run_workers(goes_on, 2, tmp_path / "on_exception-rank1.ckpt", catch=True, timeout=60)
@@ -248,8 +251,16 @@ def test_who_raises_saves_its_own_replica_under_its_rank_and_nobody_takes_it_for
     assert same(run_workers(goes_on_plainly, 2, str(tmp_path / "adopted.ckpt")))
 
 
+class Slow(AtomicCheckpointIO):
+    """Takes longer to save than the training takes to the next save, which removes this one."""
+
+    def save_checkpoint(self, *args, **options):
+        time.sleep(1)
+        super().save_checkpoint(*args, **options)
+
+
 def save_in_the_background(folder):
-    return save_once(folder, plugins=[AsyncCheckpointIO()])
+    return save_once(folder, plugins=[AsyncCheckpointIO(Slow())])
 
 
 def test_saving_in_the_background_keeps_the_order(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -67,13 +68,16 @@ def killed_runs(draw):
 
 
 class Kills(Callback):
-    """Kills this worker after so many batches."""
+    """Kills this worker after so many batches, and the processes that load its data, which might not notice."""
 
     def __init__(self, after):
         self.after = after
 
     def on_train_batch_start(self, trainer, *_):
         if trainer.fit_loop.total_batch_idx >= self.after:
+            for pid in children_of(os.getpid()):
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,5 +1,6 @@
 """Modules of every kind: what is averaged, what is not sent, and what is refused before anything is sent."""
 
+import inspect
 import math
 import os
 from copy import deepcopy
@@ -51,7 +52,10 @@ def sharded():
     from torch.distributed.tensor.placement_types import Shard
 
     meta = TensorMeta(torch.Size([3]), (1,), torch.float32)
-    mesh = torch.distributed.device_mesh.DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
+    make = torch.distributed.device_mesh.DeviceMesh
+    # Without a process group: an older torch asks it for the rank, but on this device.
+    known = "_rank" in inspect.signature(make).parameters
+    mesh = make("cpu", [0], _init_backend=False, _rank=0) if known else make("xla", [0])
     return DTensor(torch.ones(3), DTensorSpec(mesh, (Shard(0),), meta), requires_grad=False)
 
 

@@ -120,6 +120,8 @@ def _work(
         OMP_NUM_THREADS="1",  # else Lightning sets as many threads as there are cores for each process
     )
     torch.set_num_threads(1)
+    # Processes that load data start as Linux starts them, at once, and end with a worker that is killed.
+    mp.set_start_method("fork", force=True)
     faulthandler.dump_traceback_later(max(timeout - 2, 1))
     warnings.filters[:] = filters  # type: ignore[index]
     try:

@@ -236,6 +236,7 @@ def test_learning_rate_finder(setting):
     trainer = setting.trainer(max_epochs=2)
     found = Tuner(trainer).lr_find(model, loader(20), num_training=12, update_attr=True)
     rates = [str(rate) for rate in found.results["lr"]]
+    trainer.strategy.barrier()  # until rank 0 has removed its file
     after = {"step": trainer.global_step, "files": [file.name for file in setting.path.iterdir()]}
     trainer.fit(model, loader())
     seen = {"rates": rates, "losses": found.results["loss"], "found": found.suggestion(), "rate": model.lr}
