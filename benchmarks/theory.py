@@ -10,7 +10,8 @@
 Prints a table, exits with 1 if a claim does not hold, and draws `docs/theory.png`. The error is that of the theorems:
 the mean over the steps of ||grad f(xbar)||^2, where xbar is the average of the workers at that step, whether or not
 they average then. Intervals and sequences are the package's; the algorithms are simulated, a few lines each, for all
-workers and repeats at once, in the paper's notation and in float64. Constants and pseudo-code are re-derived: the body of the paper was not at hand.
+workers and repeats at once, in the paper's notation and in float64. Constants and pseudo-code are re-derived: the body
+of the paper was not at hand.
 
 The problem: robust linear regression. f is the mean over 192 samples of rho(a.x - b), rho(r) = r^2 / (2 + 2 r^2), in 8
 dimensions; L = 1 is the largest eigenvalue of the mean of a a^T. A fifth of the samples are outliers, and at the start
