@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
@@ -38,6 +39,11 @@ class OuterStep(ABC):
     @abstractmethod
     def stepper(self, anchor: Anchor) -> "Stepper":
         """Return what does the steps, for these parameters."""
+
+    @property
+    def kind(self) -> str:
+        """Names what is remembered: two of a kind can take it up from each other."""
+        return type(self).__name__
 
 
 class Stepper(ABC):
@@ -130,6 +136,10 @@ class Outer(OuterStep):
     def stepper(self, anchor: Anchor) -> Stepper:
         elementwise = type(self._make([torch.zeros(1, 1)], "`optimizer`")) in ELEMENTWISE
         return Pieces(anchor, self._make_for) if elementwise else Shapes(anchor, self._make_for)
+
+    @property
+    def kind(self) -> str:
+        return f"Outer with {type(self._make([torch.zeros(1, 1)], '`optimizer`')).__name__}"
 
     def _make_for(self, parameters: Sequence[Tensor]) -> Optimizer:
         return self._make(parameters, "`optimizer`")
@@ -471,10 +481,19 @@ class Landing:
         if self._anchor is None:
             return self._state or {}
         state: dict[str, Any] = {"anchor": self._anchor.state_dict()} if whole else {}
-        return state | ({"outer": self._stepper.state_dict()} if self._stepper is not None else {})
+        if self._stepper is None or self._outer is None:
+            return state
+        return state | {"kind": self._outer.kind, "outer": self._stepper.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
+        """Take up what :meth:`state_dict` returned; says so if it is of another kind of outer step."""
+        was, now = state.get("kind"), self._outer.kind if self._outer is not None else None
+        if was is not None and was != now:
+            rank_zero_warn(
+                f"The checkpoint has the state of another outer step, {was}, which is left behind: `outer` is now "
+                f"{self._outer!r} and starts anew."
+            )
+            state = {key: value for key, value in state.items() if key != "outer"}
         self._state = state
         self._take_up()
 

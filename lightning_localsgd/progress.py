@@ -144,6 +144,10 @@ class Measured:
     def note_average(self, steps: int, seconds: float, apart: float, together: float) -> None:
         """An average has landed after a round of so many steps."""
         self._own, self._own_length = Report(average_seconds=seconds, apart=apart, together=together), steps
+        self.start_round()
+
+    def start_round(self) -> None:
+        """What is measured from here on belongs to the next round."""
         self._losses, self._steps, self._busy = [], 0, 0.0
 
     def report(self, learning_rate: float, steps: float, distance: float) -> Report:

@@ -318,6 +318,7 @@ class Worker:
         if averaged_models:
             return
         if self.clock.averages_models:
+            self.measured.start_round()
             self.replica.begin_round()
             self._take_anchor()
         elif self.landing.steps and not self.clock.schedule.warms_up(progress):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from lightning_localsgd import EveryEpoch, LocalSGDStrategy
 from tests.algorithms import CONFIGS, Algorithm, algorithms, ends_of, from_yaml, mean_losses, rate_of, run, serial
-from tests.models import same
+from tests.models import Constant, Trajectory, loader, same, trainer
 from tests.workers import run_workers
 
 
@@ -58,3 +59,33 @@ def test_from_yaml_it_is_the_same_as_from_python():
         assert same([by_yaml, ranks[1][name][2]]), name
         if "comm-budget" not in name:  # whose rounds follow the clock
             assert same([by_yaml, by_python]), name
+
+
+class Leaves(Constant):
+    """Leaves each pass before the batch of this index, of which Lightning tells nobody in advance."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == self.index else None
+
+
+def passes(period, lengths, leaves):
+    model, trajectory = Leaves(leaves), Trajectory()
+    run = trainer(2, LocalSGDStrategy(period), callbacks=[trajectory], max_epochs=4)
+    run.fit(model, loader(lengths))
+    return trajectory.column("weight"), model.weight.item(), run.strategy._last.clock.round
+
+
+@pytest.mark.parametrize("leaves", [None, 5])
+def test_a_round_of_passes_ends_with_the_longest_of_them(leaves):
+    # Rank 0 moves by -1 and rank 1 by -2 in each of its steps: 3 and 7 of them in a pass, or 5 where it is left early.
+    both = 3 + 2 * (leaves or 7)
+    (first, *end), (_, *other_end) = run_workers(passes, 2, EveryEpoch(), [3, 7], leaves)
+    assert end == other_end == [-4 * both / 2, 4]
+    assert first[:4] == [-1, -2, -both / 2, -both / 2 - 1]
+    (first, *end), (_, *other_end) = run_workers(passes, 2, EveryEpoch(2), [3, 7], leaves)
+    assert end == other_end == [-4 * both / 2, 2]
+    assert first[:7] == [-1, -2, -3, -4, -5, -both, -both - 1]

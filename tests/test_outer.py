@@ -252,6 +252,24 @@ def test_the_outer_momentum_is_in_a_checkpoint_after_the_fit(tmp_path):
     assert run_workers(save_after, 2, str(tmp_path)) == [-4.5 - 5.25 - 5.625] * 2
 
 
+def go_on_with_another(folder):
+    first = trainer(2, LocalSGDStrategy(2, outer=DiLoCo()), max_epochs=-1, max_steps=4)
+    first.fit(Constant(), loader([8] * 2))
+    first.save_checkpoint(f"{folder}/after.ckpt")
+    second = trainer(2, LocalSGDStrategy(2, outer=SlowMo()), max_epochs=-1, max_steps=6)
+    if rank() == 0:
+        with pytest.warns(UserWarning, match="the state of another outer step, DiLoCo, which is left behind"):
+            second.fit(Constant(), loader([8] * 2), ckpt_path=f"{folder}/after.ckpt")
+    else:
+        second.fit(Constant(), loader([8] * 2), ckpt_path=f"{folder}/after.ckpt")
+    return second.global_step
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_the_state_of_another_outer_step_is_left_behind_aloud(tmp_path):
+    assert run_workers(go_on_with_another, 2, str(tmp_path)) == [6, 6]
+
+
 class Unfreezes(Regression):
     """Its first layer is frozen until step 6, in mid-round."""
 
