@@ -45,7 +45,7 @@ from lightning_localsgd.outer import Landing, OuterStep
 from lightning_localsgd.progress import Measured
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit, all_go_on_from, read_part
-from lightning_localsgd.schedule import Every, Schedule, as_schedule, require_known_needs
+from lightning_localsgd.schedule import Every, Schedule, require_known_needs
 from lightning_localsgd.sequences import require_step_by_step
 from lightning_localsgd.worker import Worker
 
@@ -136,7 +136,7 @@ class LocalSGD(_Base):
             start_method=start_method,
             **_ddp_options(),
         )
-        self.schedule = as_schedule("period", period)
+        self.schedule = period if isinstance(period, Schedule) else Every(period)
         require_known_needs(self.schedule)
         if outer is not None and not isinstance(outer, OuterStep):
             raise ValueError(f"`outer` must be an `Outer`, `DiLoCo`, `SlowMo` or None, got {outer!r}.")
@@ -342,8 +342,7 @@ class LocalSGD(_Base):
             if not self._step_is_open:
                 worker.ask(Want.STEP, detail=len(self._unreduced))
             self._step_is_open = self._accumulating
-        if worker.clock.averages_models:
-            self.model = self.lightning_module  # the reducer goes with its memory, and does not come back
+        self._leave_reducer()
         worker.touched = True
         output = super().training_step(*args, **kwargs)
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
@@ -362,6 +361,11 @@ class LocalSGD(_Base):
         self.worker.restart(clock, Measured(self.schedule.needs, self._resumed.get("measured")))
         self.model = self.lightning_module
         self._unreduced = list(self.model.parameters())
+
+    def _leave_reducer(self) -> None:
+        """From the first round on that averages models: the reducer goes with its memory, and does not come back."""
+        if self.worker.clock.averages_models:
+            self.model = self.lightning_module
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._worker is not None:
@@ -419,6 +423,7 @@ class LocalSGD(_Base):
     def _end_step(self) -> None:
         self._optimizer_stepped = False
         self.worker.end_step()
+        self._leave_reducer()
         if _lightning.is_last_batch(self._trainer):
             self.worker.end_last_step()
 

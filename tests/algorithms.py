@@ -119,7 +119,7 @@ def algorithms() -> dict[str, Algorithm]:
     return {
         # when
         "EveryEpoch": Algorithm(EveryEpoch(), every(EPOCH)),
-        "EveryEpoch(2)": Algorithm(EveryEpoch(2), every(2 * EPOCH), steps=20),
+        "EveryEpoch(2)": Algorithm(EveryEpoch(2), every(2 * EPOCH), steps=40),
         "AtEnd": Algorithm(AtEnd(), every(99)),
         "PostLocal": Algorithm(
             PostLocal(6, then=4), lambda N, lr, s, t: 1 if t < 6 else 4, warmup=6, optimizer="adamw"

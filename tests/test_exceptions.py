@@ -296,12 +296,23 @@ def _runs(pid):
         return False
 
 
+def hears_ctrl_c():
+    """Also where these tests run in the background of a shell, whose children are deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(start, where, who, folder):
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if start == "torchrun" else []
     command = [sys.executable, *run, "-m", "tests.faulty", start, where, str(who), str(folder)]
     options = {"cwd": ROOT, "stdin": DEVNULL, "stdout": PIPE, "stderr": STDOUT, "text": True}
-    process = Popen(command, **options, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = Popen(
+        command,
+        **options,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=hears_ctrl_c,
+    )
     try:
         yield Job(process, folder)
     finally:

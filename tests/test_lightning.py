@@ -121,7 +121,16 @@ LOOPS = {"fit_loop", "epoch_loop", "val_loop"}
 # The strategy's own, from `DDPStrategy`.
 INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model", "_process_group_backend"}
 # Python's, torch's and torchmetrics'.
-NOT_LIGHTNINGS = {"_getframe", "_replace", "_version", "_foreach_copy_", "_foreach_norm", "_update_count", "_computed"}
+NOT_LIGHTNINGS = {
+    "_getframe",
+    "_replace",
+    "_version",
+    "_foreach_copy_",
+    "_foreach_norm",
+    "_update_count",
+    "_computed",
+    "_last_lr",
+}
 
 
 def nodes_of(path):

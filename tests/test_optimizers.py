@@ -276,7 +276,7 @@ def test_a_reset_optimizer_steps_like_a_new_one(name):
     optimizers.attach(lambda: [used], may_reset=True)
     train(old, used, (1, 2, 3))
     old.load_state_dict(new.state_dict())
-    optimizers.reset()
+    optimizers.reset(gradients=True)
     assert all(parameter.grad is None for parameter in old.parameters())
     train(old, used, (4, 5))
     train(new, new.configure_optimizers(), (4, 5))

@@ -87,7 +87,7 @@ class Wrong(Schedule):
         ),
         (Sharded, 8, "ValueError", "communicates in every step and needs a `period` of 1, got Every(period=8)"),
         (OtherModels, 8, "RuntimeError", "the parameters and buffers of rank 1 differ from those of rank 0"),
-        (Regression, Wrong(), "ValueError", "`Wrong.length` must return an int of at least 1, got 0"),
+        (Regression, Wrong(), "ValueError", "`Wrong.length` must return an int of at least 1 or `Epochs`, got 0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # by torch's own distributed optimizers
