@@ -122,10 +122,10 @@ def algorithms() -> dict[str, Algorithm]:
         "EveryEpoch(2)": Algorithm(EveryEpoch(2), every(2 * EPOCH), steps=40),
         "AtEnd": Algorithm(AtEnd(), every(99)),
         "PostLocal": Algorithm(
-            PostLocal(6, then=4), lambda N, lr, s, t: 1 if t < 6 else 4, warmup=6, optimizer="adamw"
+            PostLocal(6, then=4), lambda N, lr, s, t: 1 if t < 6 else 4, warmup=6, optimizer="adamw", steps=28
         ),
         "PostLocal until the decay": Algorithm(
-            PostLocal("decay", then=4), lambda N, lr, s, t: 1 if t < 8 else 4, warmup=8, factor=falling
+            PostLocal("decay", then=4), lambda N, lr, s, t: 1 if t < 8 else 4, warmup=8, factor=falling, steps=28
         ),
         "Stages": Algorithm(Stages({0: 2, 5: 3, 12: 5}), lambda N, lr, s, t: 2 if t < 5 else 3 if t < 12 else 5),
         "Stages by epochs": Algorithm(
@@ -140,9 +140,9 @@ def algorithms() -> dict[str, Algorithm]:
             sequences=Listed((3, 4, 5), (1.0, 0.5)),
         ),
         "Corollary": Algorithm(
-            Corollary(20_000), lambda N, lr, s, t: max(i for i in range(1, 99) if i**4 * N**3 <= 20_000), steps=40
+            Corollary(2_000), lambda N, lr, s, t: max(i for i in range(1, 99) if i**4 * N**3 <= 2_000), steps=40
         ),
-        "QSR": Algorithm(QSR(0.1, 2, warmup=4), qsr(0.1, 2, 4, 24), factor=falling),
+        "QSR": Algorithm(QSR(0.06, 2, warmup=4), qsr(0.06, 2, 4, 24), factor=falling),
         "AdaComm": Algorithm(AdaComm(6, every=6), None),
         "CommBudget": Algorithm(CommBudget(0.3, at_least=3, first=4), None, steps=32),
         "DriftLimit": Algorithm(DriftLimit(0.5, first=4, check=2), None, steps=40),
