@@ -215,7 +215,7 @@ class DriftLimit(Schedule):
         at_least: the shortest round, an int of at least 1.
         at_most: the longest round, an int of at least ``at_least`` and 2, or None.
         first: the first round's length, before anything is known, an int of at least 2.
-        check: steps between two checks, an int of at least 1, or 0 for none.
+        check: steps between two checks, an int of at least 1 and below ``at_most``, or 0 for none.
 
     Raises:
         ValueError: if an argument is something else.
@@ -240,6 +240,8 @@ class DriftLimit(Schedule):
         _require_range(self.at_least, self.at_most, self.first)
         if not (is_count(self.check) or is_zero(self.check)):
             raise ValueError(f"`check` must be an int of at least 0, got {self.check!r}.")
+        if self.at_most is not None and self.check >= self.at_most:
+            raise ValueError(f"`check` must be below `at_most`, got {self.check!r} and {self.at_most!r}.")
 
     def length(self, progress: Progress) -> int:
         drift, steps, last = progress.drift, progress.drift_length, progress.last_length

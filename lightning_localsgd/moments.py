@@ -155,7 +155,7 @@ def average_states(
     weights: Sequence[int],
     due: set[str] | None,
     device: torch.device,
-) -> None:
+) -> bool:
     """Replace the moments of all workers by their mean; a worker without the state of a parameter gets it.
 
     Args:
@@ -166,8 +166,8 @@ def average_states(
         due: the keys of the moments, or None for all.
         device: where counters must be to travel.
 
-    Raises:
-        ValueError: on all ranks, if there is nothing to average.
+    Returns:
+        whether any worker that counts has a moment to average.
     """
     parameters: list[list[Tensor]] = [
         [each for group in one.param_groups for each in group["params"]] for one in optimizers
@@ -186,12 +186,8 @@ def average_states(
     for rank, moments in enumerate(said):
         for moment, good in moments:
             having.setdefault(_Moment(*moment), [0] * len(said))[rank] = int(good)
-    if not any(not moment.counts for moment in having):
-        what = "moments" if due is None else " or ".join(f"`{key}`" for key in sorted(due))
-        raise ValueError(
-            f"`optimizer_state` must have something to average, and no optimizer keeps {what} for its parameters: "
-            'take "keep".'
-        )
+    if all(moment.counts for moment in having):
+        return False
     owners: dict[tuple[int, ...], list[Tensor]] = {}
     for moment in sorted(having):
         if moment not in own:
@@ -215,6 +211,7 @@ def average_states(
         state = optimizers[moment.optimizer].state[parameters[moment.optimizer][moment.parameter]]
         if moment.whole or moment.key in state:  # no half of a state where there is none yet
             state[moment.key] = own[moment]
+    return True
 
 
 def _moments(

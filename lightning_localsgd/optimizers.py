@@ -25,6 +25,7 @@ class Optimizers:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._optimizers: Callable[[], Sequence[Optimizer]] = tuple  # none yet
         self._first_states: WeakKeyDictionary[Optimizer, dict[Any, Any]] = WeakKeyDictionary()
+        self.have_stepped = False
         self._noted: dict[tuple[int, int], list[float]] = {}  # learning rates of this round: their sum, and how many
 
     def attach(self, optimizers: Callable[[], Sequence[Optimizer]], may_reset: bool) -> None:
@@ -67,8 +68,11 @@ class Optimizers:
         rates = [float(group["lr"]) for optimizer in self._optimizers() for group in optimizer.param_groups]
         return max(rates, default=math.nan)
 
-    def note_rates(self, optimizer: Optimizer) -> None:
-        """Take note of the learning rates with which an optimizer has stepped."""
+    def note_step(self, optimizer: Optimizer, rates: bool) -> None:
+        """Take note that an optimizer has stepped, and with which learning rates if ``rates``."""
+        self.have_stepped = True
+        if not rates:
+            return
         which = next(i for i, other in enumerate(self._optimizers()) if other is optimizer)
         for i, group in enumerate(optimizer.param_groups):
             noted = self._noted.setdefault((which, i), [0.0, 0.0])
@@ -97,7 +101,7 @@ class Optimizers:
         }
 
     def noted_rates(self) -> list[list[float]]:
-        """Return what :meth:`note_rates` has noted, as plain numbers."""
+        """Return what :meth:`note_step` has noted, as plain numbers."""
         return [[*which, *noted] for which, noted in self._noted.items()]
 
     def load_noted_rates(self, state: list[list[float]]) -> None:

@@ -141,6 +141,9 @@ class Outer(OuterStep):
     def kind(self) -> str:
         return f"Outer with {type(self._make([torch.zeros(1, 1)], '`optimizer`')).__name__}"
 
+    def __str__(self) -> str:  # the same in every process, unlike the address of a function
+        return f"{self.kind}, {self._make([torch.zeros(1, 1)], '`optimizer`').defaults}, offload={self.offload}"
+
     def _make_for(self, parameters: Sequence[Tensor]) -> Optimizer:
         return self._make(parameters, "`optimizer`")
 

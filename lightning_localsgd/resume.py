@@ -197,7 +197,7 @@ def all_go_on_from(part: State, checkpoint: State, path: str, setting: State, tr
         return False
     was = checkpoint[KEY]
     why_not = [why for of_rank in reasons for why in of_rank]
-    why_not += [f"`{name}` was {was[name]!r} and is {now!r}" for name, now in setting.items() if was[name] != now]
+    why_not += [f"`{name}` was {was[name]!r} and is {now!r}" for name, now in setting.items() if was.get(name) != now]
     if why_not and header.rank == 0:
         say_not_exact(why_not)
     return True

@@ -56,6 +56,11 @@ class Schedule(ABC):
     def length(self, progress: Progress) -> Length:
         """Return the number of steps of the round that starts now, at least 1, or :class:`Epochs`."""
 
+    @property
+    def averages_only_gradients(self) -> bool:
+        """Whether it is known beforehand that no round is longer than one step."""
+        return False
+
     def ends_round(self, progress: Progress) -> bool:
         """Return whether the round ends here, at a check."""
         return False
@@ -90,6 +95,10 @@ class Every(Schedule):
 
     def __post_init__(self) -> None:
         require_count("period", self.period)
+
+    @property
+    def averages_only_gradients(self) -> bool:
+        return self.period == 1
 
     def length(self, progress: Progress) -> int:
         return self.period
@@ -185,6 +194,10 @@ class PostLocal(Schedule):
         return self._then.check
 
     @property
+    def averages_only_gradients(self) -> bool:
+        return self._then.averages_only_gradients
+
+    @property
     def _then(self) -> Schedule:
         assert isinstance(self.then, Schedule)
         return self.then
@@ -255,6 +268,10 @@ class Stages(Schedule):
     def check(self) -> int:  # type: ignore[override]
         checks = [stage.check for stage in self._stages.values() if stage.check]
         return math.gcd(*checks) if checks else 0
+
+    @property
+    def averages_only_gradients(self) -> bool:
+        return all(stage.averages_only_gradients for stage in self._stages.values())
 
     @property
     def _stages(self) -> Mapping[int, Schedule]:

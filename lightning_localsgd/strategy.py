@@ -144,7 +144,7 @@ class LocalSGD(_Base):
             raise ValueError(
                 f'`optimizer_state` must be "keep", "average", "reset" or an `AverageState`, got {optimizer_state!r}.'
             )
-        if self.schedule == Every(1):
+        if self.schedule.averages_only_gradients:
             without_effect = {
                 "mean": (mean, Mean(mean.bucket_mb)),
                 "outer": (outer, None),
@@ -215,14 +215,14 @@ class LocalSGD(_Base):
                 "An outer step needs optimizers that keep no second model of their own, and schedule-free ones do: "
                 f"leave `outer` at None, got {self.outer!r}."
             )
-        if self.schedule != Every(1) and any(
+        if not self.schedule.averages_only_gradients and any(
             hasattr(optimizer, "consolidate_state_dict") for optimizer in self.optimizers
         ):
             raise ValueError(
                 "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
-        if self.schedule == Every(1):
+        if self.schedule.averages_only_gradients:
             self._require_no_lbfgs()
         self._undo.enter_context(_lightning.attach(trainer, self))
         if self._exact:
@@ -357,8 +357,10 @@ class LocalSGD(_Base):
     def _restart(self) -> None:
         """Set the clock back to a checkpoint's, and with it whether gradients are averaged."""
         assert self.lightning_module is not None
-        clock = Clock(self.schedule, self.world_size, self._resumed.get("clock"))
-        self.worker.restart(clock, Measured(self.schedule.needs, self._resumed.get("measured")))
+        resumed = self._resumed
+        clock = Clock(self.schedule, self.world_size, resumed.get("clock"))
+        measured = Measured(self.schedule.needs, resumed.get("measured"))
+        self.worker.restart(clock, measured, resumed.get("landing", {}))
         self.model = self.lightning_module
         self._unreduced = list(self.model.parameters())
 
@@ -412,8 +414,7 @@ class LocalSGD(_Base):
 
     def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._optimizer_stepped = True
-        if self.worker.landing.needs_rates:
-            self.worker.optimizers.note_rates(optimizer)
+        self.worker.optimizers.note_step(optimizer, rates=self.worker.landing.needs_rates)
 
     def _average_buffers(self) -> None:
         # In step with the gradients, where all ranks are: an optimizer step could be skipped by one of them.
@@ -626,8 +627,14 @@ class LocalSGD(_Base):
 
     def _setting(self) -> dict[str, Any]:
         """Return what a resume must have in common with the run that saved, to go on bit for bit."""
-        backend = self._process_group_backend if self.world_size > 1 else None
-        return {"workers": self.world_size, "bucket_mb": self.mean.bucket_mb, "backend": backend}
+        return {
+            "workers": self.world_size,
+            "bucket_mb": self.mean.bucket_mb,
+            "backend": self._process_group_backend if self.world_size > 1 else None,
+            "period": repr(self.schedule),
+            "outer": str(self.outer),
+            "optimizer_state": str(self._state_rule),
+        }
 
     @contextmanager
     def _own_part(self) -> Generator[dict[str, Any], None, None]:

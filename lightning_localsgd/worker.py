@@ -85,6 +85,7 @@ class Worker:
         self.signals = 0  # received by this process
         self.known_signals = 0  # received by any, as all know
         self._modest = False  # whether the replica has no large elements, as the last header's look has shown
+        self._states_found: set[str] = set()  # of `optimizer_state`, as all know
         self._restarts: Counter[int] = Counter()  # of each rank, because it was not finite
 
     @property
@@ -118,10 +119,11 @@ class Worker:
             self._take_anchor()
         self.replica.examine()  # remembers which buffers are finite
 
-    def restart(self, clock: Clock, measured: Measured) -> None:
-        """Begin anew with the model as it is."""
+    def restart(self, clock: Clock, measured: Measured, landing: dict[str, Any]) -> None:
+        """Begin anew from a checkpoint's numbers, and from the model that the module will have at the first step."""
         self.clock, self.measured = clock, measured
         self.landing.forget()
+        self.landing.load_state_dict(landing)
 
     def common_state(self, whole: bool) -> dict[str, Any]:
         """Return what a checkpoint keeps that is equal on all workers; with the anchor if ``whole``."""
@@ -312,15 +314,13 @@ class Worker:
             ValueError: on all ranks, if it has one step, in which gradients are averaged, and outer steps are wanted.
         """
         progress = self.clock.progress(self.measured, self._epoch())
-        averaged_models = self.clock.averages_models
         self.clock.plan(progress)
         self.measured.planned()
-        if averaged_models:
-            return
         if self.clock.averages_models:
-            self.measured.start_round()
-            self.replica.begin_round()
-            self._take_anchor()
+            if not progress.averages_models:  # the first round that does
+                self.measured.start_round()
+                self.replica.begin_round()
+            self._take_anchor()  # which is known but then, or after a search for the learning rate
         elif self.landing.steps and not self.clock.schedule.warms_up(progress):
             raise ValueError(
                 f"An outer step needs rounds of at least 2 steps, and {self.clock.schedule!r} begins with one of 1, in "
@@ -390,18 +390,35 @@ class Worker:
         return self.optimizers.rates_by_name([math.fsum(of) / len(of) for of in zip(*counted, strict=True)])
 
     def _average_states(self, decision: Decision) -> None:
-        if self._optimizer_state == "reset":
-            if not any(optimizer.state for optimizer in self.optimizers.all()):
-                raise ValueError(
-                    '`optimizer_state` must have something to reset, and no optimizer keeps a state: take "keep".'
-                )
+        rule, optimizers = self._optimizer_state, self.optimizers.all()
+        if rule == "reset":
+            found, what = any(optimizer.state for optimizer in optimizers), "a state to reset"
             self.optimizers.reset()
-        elif isinstance(self._optimizer_state, AverageState):
-            due = self._optimizer_state.due(self.clock.round + 1)
-            if due is None or due:
-                optimizers, weights = self.optimizers.all(), decision.weights
-                with torch.profiler.record_function("localsgd::optimizer_state"):
-                    average_states(optimizers, self.mean, self._header, weights, due, self._device)
+        elif isinstance(rule, AverageState):
+            due = rule.due(self.clock.round + 1)
+            if due is not None and not due:
+                return
+            with torch.profiler.record_function("localsgd::optimizer_state"):
+                found = average_states(optimizers, self.mean, self._header, decision.weights, due, self._device)
+            names = "moments" if due is None else " or ".join(f"`{key}`" for key in sorted(due))
+            what = f"{names} to average"
+        else:
+            return
+        self._require_state(found, what)
+
+    def _require_state(self, found: bool, what: str) -> None:
+        """See once that there is what `optimizer_state` is about, as soon as any optimizer has stepped.
+
+        Raises:
+            ValueError: on all ranks, if there is not.
+        """
+        if what in self._states_found:
+            return
+        told = self._header.gather((found, self.optimizers.have_stepped))
+        if any(found for found, _ in told):
+            self._states_found.add(what)
+        elif any(stepped for _, stepped in told):
+            raise ValueError(f'`optimizer_state` must be "keep" where no optimizer keeps {what}.')
 
     def _restart_nonfinite(self, decision: Decision) -> None:
         for rank in decision.left_out:

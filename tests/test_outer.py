@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -30,6 +32,7 @@ from lightning_localsgd.anchor import Anchor
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.replica import pieces
 from tests.models import Constant, Regression, Trajectory, loader, rank, same, state_of, trainer
+from tests.versions import since
 from tests.workers import run_workers
 
 SGD = torch.optim.SGD
@@ -181,9 +184,9 @@ def raises(strategies, module=Regression, arguments=("sgd",)):
 
 
 NOTHING = [
-    ("average", "must have something to average, and no optimizer keeps moments"),
-    ("reset", "must have something to reset"),
-    (AverageState({"exp_avg": 1}), "no optimizer keeps `exp_avg`"),
+    ("average", 'must be "keep" where no optimizer keeps moments to average'),
+    ("reset", 'must be "keep" where no optimizer keeps a state to reset'),
+    (AverageState({"exp_avg": 1}), "no optimizer keeps `exp_avg` to average"),
 ]
 
 
@@ -191,6 +194,50 @@ NOTHING = [
 def test_a_state_that_is_not_there_is_said(state, told):
     for found in run_workers(raises, 2, [LocalSGDStrategy(2, optimizer_state=state)]):
         assert told in found[0]
+
+
+def uneven(states):
+    found = []
+    for state in states:
+        model = Regression("momentum")
+        run = trainer(2, LocalSGDStrategy(2, optimizer_state=state), max_epochs=2)
+        run.fit(model, loader([2, 9]))
+        found.append(state_of(model))
+    return found
+
+
+def test_a_worker_that_takes_no_step_in_a_round_has_no_state_to_reset():
+    for one, other in zip(
+        *run_workers(uneven, 2, ["reset", "average", AverageState({"momentum_buffer": 2})]), strict=True
+    ):
+        assert same([one, other])
+
+
+class Overflows(Constant):
+    """The first three steps are skipped by the GradScaler on all workers."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (math.inf if batch_idx < 3 else 1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0, momentum=0.5)
+
+
+def skips(states):
+    found = []
+    for state in states:
+        model = Overflows()
+        precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024))
+        run = trainer(2, LocalSGDStrategy(2, optimizer_state=state), plugins=[precision])
+        run.fit(model, loader([5, 5]))
+        found.append(model.weight.item())
+    return found
+
+
+def test_a_round_in_which_all_steps_were_skipped_has_no_state_yet():
+    # Steps 4 and 5 by -1 and -2: the mean -1.5 at step 4, then momenta of 1.5 and 3, or of 1 + 1.5 / 2 and 2 + 1.5 / 2.
+    reset, average = -1.5 - 1.5, -1.5 - (1.75 + 2.75) / 2
+    assert run_workers(skips, 2, ["reset", "average"]) == [[reset, average]] * 2
 
 
 # -------------------------------------------------------------------------------------------------------- where applied
@@ -270,6 +317,40 @@ def test_the_state_of_another_outer_step_is_left_behind_aloud(tmp_path):
     assert run_workers(go_on_with_another, 2, str(tmp_path)) == [6, 6]
 
 
+class WithRate(Constant):
+    def __init__(self):
+        super().__init__()
+        self.lr = 1.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def go_on_with_a_finder(folder):
+    def run(steps, *callbacks):
+        strategy = LocalSGDStrategy(2, outer=DiLoCo(lr=1.0, momentum=0.5))
+        return trainer(2, strategy, max_epochs=-1, max_steps=steps, callbacks=list(callbacks), default_root_dir=folder)
+
+    first = run(4)
+    first.fit(WithRate(), loader([8] * 2))
+    first.save_checkpoint(f"{folder}/after.ckpt")
+    found = []
+    for callbacks in ([], [LearningRateFinder(num_training_steps=5, early_stop_threshold=None, update_attr=False)]):
+        trajectory = Trajectory()
+        run(8, trajectory, *callbacks).fit(WithRate(), loader([8] * 2), ckpt_path=f"{folder}/after.ckpt")
+        found.append(trajectory.column("weight"))
+    return found
+
+
+@since("2.5.3")  # before, one step is trained after the search, with DDP also
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_search_for_the_learning_rate_leaves_the_outer_state_as_it_was(tmp_path):
+    for plain, after_a_search in run_workers(go_on_with_a_finder, 2, str(tmp_path)):
+        assert plain == after_a_search[:4]  # Lightning counts its steps from 0 again, with any strategy
+        assert len(plain) == 4
+
+
 class Unfreezes(Regression):
     """Its first layer is frozen until step 6, in mid-round."""
 
@@ -321,6 +402,12 @@ def test_what_is_unfrozen_in_a_round_takes_the_mean_and_then_the_outer_step(froz
         ({"period": 1, "outer": DiLoCo()}, "`outer` has no effect: leave it at its default, got DiLoCo"),
         ({"period": 1, "optimizer_state": "average"}, "`optimizer_state` has no effect"),
         ({"period": Every(1), "optimizer_state": AverageState()}, "`optimizer_state` has no effect"),
+        ({"period": PostLocal(9, then=1), "outer": DiLoCo()}, "`outer` has no effect"),
+        (
+            {"period": Stages({0: 1, 9: PostLocal(9, then=1)}), "optimizer_state": "reset"},
+            "`optimizer_state` has no effect",
+        ),
+        ({"period": PostLocal(9, then=1), "mean": Mean(frozen="skip")}, "`mean` has no effect"),
     ],
 )
 def test_options_without_sense_or_effect_are_refused(options, told):

@@ -185,6 +185,9 @@ def test_without_the_option_a_new_round_starts_at_the_consensus(tmp_path):
     [
         ({"workers": 1}, "it was saved by 2 workers, and these are 1"),
         ({"bucket_mb": 0.0001}, "`bucket_mb` was 64.0 and is 0.0001"),
+        ({"period": 3}, "`period` was 'Every(period=4)' and is 'Every(period=3)'"),
+        ({"outer": DiLoCo()}, "`outer` was 'None' and is 'DiLoCo("),
+        ({"optimizer_state": "reset"}, "`optimizer_state` was 'keep' and is 'reset'"),
     ],
 )
 def test_another_setting_is_told(other, why, tmp_path):

@@ -86,6 +86,7 @@ def test_a_schedule_is_a_value(schedule):
         (lambda: CommBudget(first=1), "`first` must be an int of at least 2, got 1"),
         (lambda: DriftLimit(0.0), "`limit` must be a number above 0, got 0.0"),
         (lambda: DriftLimit(1.0, check=-1), "`check` must be an int of at least 0, got -1"),
+        (lambda: DriftLimit(1.0, check=4, at_most=4), "`check` must be below `at_most`, got 4 and 4"),
         (lambda: require_known_needs(Needs()), "`needs` of a schedule must be some of .*, got weather"),
         (lambda: require_known_needs(Checks()), "`check` of a schedule must be an int of at least 0, got 0.5"),
     ],
