@@ -38,10 +38,11 @@ from lightning_localsgd.checkpoint import (
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import MetricSync, StepWarning
 from lightning_localsgd.header import Header, Want
+from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState, load_as_it_was, mean_state
 from lightning_localsgd.optimizers import Optimizers, is_schedule_free
-from lightning_localsgd.outer import Landing, OuterStep
+from lightning_localsgd.outer import OuterStep
 from lightning_localsgd.progress import Measured
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit, all_go_on_from, read_part

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
+from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState, average_states, mean_state
 from lightning_localsgd.optimizers import Optimizers
-from lightning_localsgd.outer import Landing
 from lightning_localsgd.progress import Measured, Report
 from lightning_localsgd.replica import Replica, Snapshot, difference
 
