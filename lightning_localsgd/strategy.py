@@ -523,9 +523,9 @@ class LocalSGD(_Base):
     def ends_epoch(self) -> None:
         if self._fit is not None:
             self._fit.ends_epoch()
-        self.worker.end_pass()
+        step = self.worker.end_pass()
         if self._pacing is not None:
-            self._pacing.ends_epoch()
+            self._pacing.ends_epoch(step)
         self._step_is_open = False
         self.worker.act_on_signals()
         if self.worker.validation_is_due:

@@ -298,13 +298,15 @@ class Worker:
         if self.clock.ends_with_pass():
             self.ask(Want.ROUND)
 
-    def end_pass(self) -> None:
-        """After the last step of a pass over the data; waits for the others."""
-        if any(self.ask(Want.ENDED).weights):  # else all rounds have ended with its last steps
+    def end_pass(self) -> int:
+        """After the last step of a pass over the data; waits for the others, and returns the furthest one's step."""
+        decision = self.ask(Want.ENDED)
+        if any(decision.weights):  # else all rounds have ended with its last steps
             if self.clock.ends_with_pass():
                 self.ask(Want.ROUND)
             else:
                 self.clock.passes += 1
+        return decision.step
 
     def _check(self) -> bool:
         reports = self.ask(Want.CHECK).reports

@@ -137,19 +137,20 @@ class Pacing:
         while worker.clock.averages_models and worker.is_idle():
             decision = worker.ask(Want.ROUND)
             self.follow()
-            if self._validation_is_due():
+            if self._validation_is_due(worker.clock.step):
                 validate_now(self._trainer)
             if self._loop.epoch_loop.done:
                 raise StopIteration
             if not any(decision.weights):  # the others' data have ended before they should
                 return
 
-    def ends_epoch(self) -> None:
-        """All workers' data have ended."""
+    def ends_epoch(self, step: int) -> None:
+        """All workers' data have ended, at this step of the fastest one."""
         self.follow()
-        if self._validation_is_due():
+        if self._validation_is_due(step):
             self._worker.validation_is_due = True
-        self._level_batches(max(self._pace.position(self._worker.clock.step), self._current.ready))
+        self._level_batches(max(self._pace.position(step), self._current.ready))
+        self._count_steps(step)  # also in the midst of a round: what follows is done by all workers alike
 
     @property
     def _current(self) -> Any:
@@ -160,10 +161,7 @@ class Pacing:
     def follow(self) -> None:
         """Put Lightning's count of steps, and the learning rates that step with it, level with the clock."""
         trainer, step = self._trainer, self._worker.clock.step
-        if self._before is None:  # nothing has been trained
-            return
-        counts = self._loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-        counts.ready = counts.completed = self._before + step
+        self._count_steps(step)
         call = of(trainer, "trainer.call")
         with warnings.catch_warnings():  # a worker that has had no step yet follows the learning rate too
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
@@ -172,6 +170,11 @@ class Pacing:
                     if config.interval == "step":
                         call._call_lightning_module_hook(trainer, "lr_scheduler_step", config.scheduler, None)
         self._scheduled = step
+
+    def _count_steps(self, step: int) -> None:
+        if self._before is not None:  # else nothing has been trained
+            counts = self._loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+            counts.ready = counts.completed = self._before + step
 
     def steps_schedulers(self, step: Callable[[], None], interval: str, plateau: bool) -> None:
         """In place of Lightning's step of the learning rates, which ``step`` is."""
@@ -183,13 +186,14 @@ class Pacing:
 
     def checks_validation(self) -> bool:
         """In place of Lightning's question after a batch whether to validate: only where a round has ended."""
-        return self._worker.clock.taken == 0 and self._validation_is_due()
+        clock = self._worker.clock
+        return clock.taken == 0 and self._validation_is_due(clock.step)
 
-    def _validation_is_due(self) -> bool:
+    def _validation_is_due(self, step: int) -> bool:
         trainer: Any = self._trainer
         if not self._loop.epoch_loop._should_check_val_epoch():
             return False
-        before, now = self._looked, self._pace.position(self._worker.clock.step)
+        before, now = self._looked, self._pace.position(step)
         self._looked = max(now, before)
         if trainer.should_stop and self._loop._can_stop_early:
             return True
