@@ -283,8 +283,8 @@ class LocalSGD(_Base):
         needs, scales = self.schedule.needs, False
         if self._pace is not None and self._pace_rule is not None:
             needs, scales = needs | self._pace_rule.needs, self._pace_rule.needs_anchor
-            if "pace" in self._resumed:
-                self._pace.load_state_dict(self._resumed["pace"])
+            if "paces" in self._resumed:
+                self._pace.load_state_dict(self._resumed["paces"])
         landing = Landing(self.outer, measures="drift" in needs, scales=scales)
         landing.load_state_dict(self._resumed.get("landing", {}))
         self._expected_steps = math.nan

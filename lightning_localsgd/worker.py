@@ -133,7 +133,7 @@ class Worker:
         """Return what a checkpoint keeps that is equal on all workers; with the anchor if ``whole``."""
         landing = self.landing.state_dict(whole)
         measured = {"measured": self.measured.state_dict()} if self.measured.needs else {}
-        pace = {"pace": self.pace.state_dict(self.clock.step)} if self.pace is not None else {}
+        pace = {"paces": self.pace.state_dict(self.clock.step)} if self.pace is not None else {}
         return {"clock": self.clock.state_dict()} | measured | pace | ({"landing": landing} if landing else {})
 
     @contextmanager

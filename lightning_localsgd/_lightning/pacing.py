@@ -40,6 +40,7 @@ class Pacing:
         self._looked = 0  # how many batches of this epoch had been when validation was considered last
         self._is_first = True  # no epoch has begun in this fit
         self._undo = undo
+        self._savers: list[Callable[..., None]] = []  # checkpoint callbacks, at the ends of rounds
         self._require_led()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if is_a(callback, "ModelCheckpoint"):
@@ -137,6 +138,8 @@ class Pacing:
         while worker.clock.averages_models and worker.is_idle():
             decision = worker.ask(Want.ROUND)
             self.follow()
+            for saver in self._savers:  # as the others do at the end of their batch
+                saver(self._trainer, self._trainer.lightning_module, None, None, self._loop.epoch_loop.batch_idx)
             if self._validation_is_due(worker.clock.step):
                 validate_now(self._trainer)
             if self._loop.epoch_loop.done:
@@ -222,6 +225,7 @@ class Pacing:
                 callback._every_n_train_steps = every
 
         end = _wrap(self._undo, callback, "on_train_batch_end", on_train_batch_end)
+        self._savers.append(on_train_batch_end)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
