@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from lightning_localsgd import (
     QSR,
@@ -28,6 +29,7 @@ from lightning_localsgd import (
     LocalSGDStrategy,
     Outer,
     PostLocal,
+    Proportional,
     RoundLR,
     SlowMo,
     Stages,
@@ -306,6 +308,7 @@ def as_in_yaml() -> dict[str, LocalSGDStrategy]:
         "every-epoch": LocalSGDStrategy(EveryEpoch()),
         "outer-adam": LocalSGDStrategy(8, outer=Outer(partial(torch.optim.Adam, lr=0.003))),
         "post-local-diloco": LocalSGDStrategy(PostLocal(50, then=16), outer=DiLoCo()),
+        "proportional": LocalSGDStrategy(8, pace=Proportional([1.0, 0.5])),
         "qsr-slowmo": LocalSGDStrategy(QSR(0.01, 4), outer=SlowMo(1.0, 0.4)),
         "stages-average": LocalSGDStrategy(Stages({0: 4, 48: 16}), optimizer_state="average"),
         "time-varying": LocalSGDStrategy(TimeVarying()),
@@ -318,22 +321,26 @@ def said(strategy: LocalSGDStrategy) -> list[Any]:
     if isinstance(outer, Outer):
         made = outer.optimizer([torch.zeros(1)])
         return [repr(strategy.schedule), repr(strategy._state_rule), type(made), made.defaults]
-    return [repr(strategy.schedule), repr(strategy._state_rule), repr(outer)]
+    return [repr(strategy.schedule), repr(strategy._state_rule), repr(outer), repr(strategy._pace_rule)]
 
 
 def from_yaml() -> dict[str, Any]:
     """Train with each file by LightningCLI, and with the same in Python; return what they are, and both models."""
     os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what Lightning calls
-    quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"]
+    quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
     numbers = {"accelerator": "cpu", "devices": 2, "max_epochs": -1, "max_steps": 72}
     options = [f"--trainer.{name}=false" for name in quiet]
     options += [f"--trainer.{name}={value}" for name, value in numbers.items()]
     found = {}
     for path in CONFIGS:
+        is_dealt = path.stem == "proportional"  # by Lightning's sampler, from the same samples
         args = ["--config", str(path), "--model.optimizer=momentum", *options]
+        args.append(f"--trainer.use_distributed_sampler={str(is_dealt).lower()}")
         cli = LightningCLI(Regression, args=args, run=False, save_config_callback=None, seed_everything_default=0)
-        cli.trainer.fit(cli.model, loader([EPOCH] * 2))
+        points = [tuple(part[0] for part in batch(0, index, size=1)) for index in range(99)]
+        cli.trainer.fit(cli.model, DataLoader(points, batch_size=4) if is_dealt else loader([EPOCH] * 2))
         strategy, model = as_in_yaml()[path.stem], Regression("momentum")
-        trainer(2, strategy, max_epochs=-1, max_steps=72).fit(model, loader([EPOCH] * 2))
+        run = trainer(2, strategy, max_epochs=-1, max_steps=72, use_distributed_sampler=is_dealt)
+        run.fit(model, DataLoader(points, batch_size=4) if is_dealt else loader([EPOCH] * 2))
         found[path.stem] = said(cli.trainer.strategy), said(strategy), state_of(cli.model), state_of(model)
     return found
