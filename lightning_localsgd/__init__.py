@@ -12,6 +12,7 @@ from lightning_localsgd.moments import AverageState as AverageState
 from lightning_localsgd.outer import DiLoCo as DiLoCo
 from lightning_localsgd.outer import Outer as Outer
 from lightning_localsgd.outer import SlowMo as SlowMo
+from lightning_localsgd.pace import Proportional as Proportional
 from lightning_localsgd.progress import Progress as Progress
 from lightning_localsgd.schedule import AtEnd as AtEnd
 from lightning_localsgd.schedule import Epochs as Epochs

@@ -61,6 +61,15 @@ class Clock:
             **more,
         )
 
+    def will_average_models(self, measured: Measured | None) -> bool:
+        """Whether the round that begins will average models, as far as can be known before it is planned."""
+        if self.averages_models:
+            return True
+        try:
+            return self.schedule.length(self.progress(measured or Measured(frozenset()), epoch=0)) != 1
+        except Exception:  # it wants to know what is not known yet
+            return True
+
     def plan(self, progress: Progress) -> None:
         """Ask the schedule for the length of this round.
 

@@ -122,6 +122,7 @@ class Decision:
         detail: the askers' detail; for ``LEAVE``, whose detail is a digest of the replica, how many digests there are.
         weights: for each rank whether its replica counts in a mean; all 0 if all replicas are equal.
         step: the largest step of all ranks.
+        steps: the step of each rank.
         signals: the signals that any rank has received.
         bad: for each rank the place of the first tensor that is not finite, from 1, or 0.
         loss_scales: for each rank a number for its loss scale, or 0.
@@ -138,6 +139,7 @@ class Decision:
     signals: int
     bad: tuple[int, ...] = ()
     loss_scales: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
     left_out: tuple[int, ...] = ()
     reports: tuple[Report, ...] = ()
 
@@ -208,6 +210,7 @@ def decide(messages: Sequence[Message]) -> Decision:
         signals=reduce(operator.or_, (message.signals for message in messages)),
         bad=tuple(message.bad for message in messages),
         loss_scales=tuple(message.loss_scale for message in messages),
+        steps=tuple(message.step for message in messages),
         reports=tuple(message.report for message in messages),
     )
 

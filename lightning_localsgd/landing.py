@@ -19,11 +19,13 @@ class Landing:
     Args:
         outer: makes the next start, or None for the mean itself.
         measures: whether to measure the drift.
+        scales: whether workers' movements are scaled before their mean is taken.
     """
 
-    def __init__(self, outer: OuterStep | None, measures: bool) -> None:
+    def __init__(self, outer: OuterStep | None, measures: bool, scales: bool = False) -> None:
         self._outer = outer
         self._measures = measures
+        self._scales = scales
         self._anchor: Anchor | None = None
         self._stepper: Stepper | None = None
         self._rates: Mapping[str, float] = {}
@@ -38,7 +40,7 @@ class Landing:
     @property
     def is_needed(self) -> bool:
         """Whether there is anything to do beside taking the mean."""
-        return self._outer is not None or self._measures
+        return self._outer is not None or self._measures or self._scales
 
     @property
     def needs_rates(self) -> bool:
@@ -66,6 +68,19 @@ class Landing:
         self._rates = rates
         self._squares = {"apart": 0.0, "together": 0.0}
         return self._land
+
+    def scaled(self, factor: float) -> Callable[[Bucket], None] | None:
+        """Return what makes each bucket of this worker's values a + factor (x - a), with the anchor a."""
+        if factor == 1:
+            return None
+
+        def scale(bucket: Bucket) -> None:
+            assert self._anchor is not None
+            anchor = self._anchor.values[bucket.group][bucket.start : bucket.start + len(bucket.values)]
+            anchor = anchor.to(bucket.values.device)
+            bucket.values.sub_(anchor).mul_(factor).add_(anchor)
+
+        return scale
 
     @torch.no_grad()
     def _land(self, bucket: Bucket) -> None:

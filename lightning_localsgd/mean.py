@@ -67,6 +67,7 @@ class Mean:
         rank: int,
         write: bool = True,
         modest: bool = False,
+        first: Callable[["Bucket"], None] | None = None,
         then: Callable[["Bucket"], None] | None = None,
     ) -> None:
         """Replace ``tensors`` by their mean over workers, in place.
@@ -80,6 +81,7 @@ class Mean:
             rank: this process's place in ``weights``.
             write: whether the mean is written back; without, this rank only contributes.
             modest: whether the square of every element here is known to be finite.
+            first: called with each bucket of this worker's own values before they are sent, and may change what is.
             then: called with each bucket of means before they are written back, and may change them.
         """
         count, index = sum(weights), sum(weights[:rank])
@@ -97,7 +99,7 @@ class Mean:
                 dist.all_reduce(bucket, operation)
 
         with torch.profiler.record_function("localsgd::average"):
-            self._each_bucket(tensors, reduce, write, then)
+            self._each_bucket(tensors, reduce, write, first, then)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Replace ``tensors`` by those of rank 0, in place."""
@@ -110,6 +112,7 @@ class Mean:
         tensors: Sequence[Tensor],
         reduce: Callable[[Tensor], object],
         write: bool,
+        first: Callable[["Bucket"], None] | None = None,
         then: Callable[["Bucket"], None] | None = None,
     ) -> None:
         for (dtype, device), places in grouped(tensors).items():
@@ -122,21 +125,24 @@ class Mean:
                 here = list(torch.split(bucket, [cut.size for cut in cuts]))
                 there = [tensors[places[cut.tensor]][cut.start : cut.start + cut.size] for cut in cuts]
                 torch._foreach_copy_(here, there)
+                pieces = Bucket((dtype, device), start, bucket, [places[cut.tensor] for cut in cuts], here, there)
+                if first is not None:
+                    first(pieces)
                 reduce(bucket)
                 if then is not None:
-                    then(Bucket((dtype, device), start, bucket, [places[cut.tensor] for cut in cuts], here, there))
+                    then(pieces)
                 if write:
                     torch._foreach_copy_(there, here)
                 start += len(bucket)
 
 
 class Bucket(NamedTuple):
-    """Means that are about to be written back.
+    """Values that are about to be sent, or their means that are about to be written back.
 
     Args:
         group: the dtype in which they are, and their device.
         start: where the bucket begins in the line of all elements of this group.
-        values: the means, one-dimensional.
+        values: they, one-dimensional.
         places: of the tensors that the pieces belong to, in what was averaged.
         here: the pieces of ``values``.
         there: the same pieces of the replica, which still hold this worker's own values.

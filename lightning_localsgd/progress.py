@@ -36,10 +36,10 @@ class Progress:
         peak_learning_rate: the largest of these so far.
         loss: mean over the workers and steps of the last round of the loss that ``training_step`` returned.
         first_loss: the same of the first round.
-        seconds_per_step: wall time of a local step; median over the workers, and over the last 10 rounds the mean
-            without the shortest and the longest.
-        seconds_per_average: wall time of an average from when the last worker has come until it has landed; the same of
-            the last 10 averages.
+        seconds_per_step: wall time of a local step; median over the workers (with ``pace="proportional"``: of the
+            fastest), and over the last 10 rounds the mean without the shortest and the longest.
+        seconds_per_average: wall time of an average from when the last worker has come until it has landed; median over
+            the workers, and the same mean over the last 10 averages.
         drift: how far the replicas had moved apart when they were averaged last, relative to how far they had moved
             together, :math:`\sqrt{\frac{1}{N} \sum_i \lVert x_i - \bar x \rVert^2} \, / \, \lVert \bar x - a \rVert`
             with the anchor a.
@@ -96,12 +96,14 @@ class Measured:
     """What one worker measures, and what all have told each other; the latter is equal on all of them.
 
     Args:
-        needs: what the schedule wants to know; nothing else is measured.
+        needs: what the schedule and the pace want to know; nothing else is measured.
+        fastest: whether the seconds per step are those of the fastest worker, whose steps a round counts.
         state: what :meth:`state_dict` returned, to know what was known.
     """
 
-    def __init__(self, needs: frozenset[Need], state: dict[str, Any] | None = None) -> None:
+    def __init__(self, needs: frozenset[Need], state: dict[str, Any] | None = None, *, fastest: bool = False) -> None:
         self.needs = needs
+        self._typical_step = min if fastest else statistics.median_low
         self._own = Report()  # of the last average
         self._own_length = 0  # steps of the round that it ended
         self._losses: list[Tensor | float] = []  # of this round; their sum, and how many, once there are two
@@ -184,12 +186,10 @@ class Measured:
             if losses:
                 know["loss"] = sum(losses) / len(losses)
                 know.setdefault("first_loss", know["loss"])
-            for heard, kept in (
-                ([report.step_seconds for report in reports], self._step_seconds),
-                ([report.average_seconds for report in reports], self._average_seconds),
-            ):
-                if _numbers(heard):
-                    kept.append(statistics.median_low(_numbers(heard)))
+            if step := _numbers(report.step_seconds for report in reports):
+                self._step_seconds.append(self._typical_step(step))
+            if average := _numbers(report.average_seconds for report in reports):
+                self._average_seconds.append(statistics.median_low(average))
 
     def planned(self) -> None:
         """A round has been planned from what is known."""

@@ -42,6 +42,16 @@ class Fit:
         """Whether the batches of an epoch are taken up, or will be, where they were left."""
         return self._stage is not None and not any(follower.why_not for follower in self._followers)
 
+    @property
+    def is_taken_up(self) -> bool:
+        """Whether the epoch that begins now is the first after a stop."""
+        return self._stage is not None
+
+    @property
+    def goes_on_in_epoch(self) -> bool:
+        """Whether it goes on in the midst of an epoch."""
+        return self._stage is not None and self._stage.in_epoch
+
     def leave(self) -> None:
         """Undo what was done to the loaders."""
         for follower in self._followers:

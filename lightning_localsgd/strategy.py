@@ -43,6 +43,7 @@ from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState, load_as_it_was, mean_state
 from lightning_localsgd.optimizers import Optimizers, is_schedule_free
 from lightning_localsgd.outer import OuterStep
+from lightning_localsgd.pace import Pace, Proportional
 from lightning_localsgd.progress import Measured
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit, all_go_on_from, read_part
@@ -76,6 +77,8 @@ class LocalSGD(_Base):
             validation and checkpoints see the mean without it.
         optimizer_state: what becomes of the local optimizers' state at the end of a round: ``"keep"``, ``"average"``
             (or an :class:`AverageState`) or ``"reset"``.
+        pace: with ``"equal"`` all workers take the same number of steps in a round, with ``"proportional"`` (or a
+            :class:`Proportional`) faster workers take more, and get more of the data.
         checkpoint: what a checkpoint keeps. With ``"consensus"`` it is one ordinary file, of the mean of all replicas
             and of their optimizers' moments; a run that resumes from it starts a new round there. With ``"exact"``
             each worker also writes its own part beside it, and a run that resumes from it with as many workers goes
@@ -112,6 +115,7 @@ class LocalSGD(_Base):
         mean: Mean = Mean(),
         outer: OuterStep | None = None,
         optimizer_state: Literal["keep", "average", "reset"] | AverageState = "keep",
+        pace: Literal["equal", "proportional"] | Proportional = "equal",
         checkpoint: Literal["consensus", "exact"] = "consensus",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -145,11 +149,19 @@ class LocalSGD(_Base):
             raise ValueError(
                 f'`optimizer_state` must be "keep", "average", "reset" or an `AverageState`, got {optimizer_state!r}.'
             )
+        if not (pace in ("equal", "proportional") or isinstance(pace, Proportional)):
+            raise ValueError(f'`pace` must be "equal", "proportional" or a `Proportional`, got {pace!r}.')
+        if pace != "equal" and self.schedule.check:
+            raise ValueError(
+                "`pace` must be 'equal' with a schedule that asks in a round whether it ends, after the same number "
+                f"of steps on each worker, got {pace!r} with {self.schedule!r}."
+            )
         if self.schedule.averages_only_gradients:
             without_effect = {
                 "mean": (mean, Mean(mean.bucket_mb)),
                 "outer": (outer, None),
                 "optimizer_state": (optimizer_state, "keep"),
+                "pace": (pace, "equal"),
             }
             for name, (given, default) in without_effect.items():
                 if given != default:
@@ -159,11 +171,14 @@ class LocalSGD(_Base):
                     )
         self.outer = outer
         self._state_rule = AverageState() if optimizer_state == "average" else optimizer_state
+        self._pace_rule = {"equal": None, "proportional": Proportional()}[pace] if isinstance(pace, str) else pace
         self.mean = mean
         self._exact = checkpoint == "exact"
         self._header: Header | None = None
         self._worker: Worker | None = None  # of the fit in progress
         self._fit: Fit | None = None  # follows it, where checkpoints are exact
+        self._pace: Pace | None = None  # of this worker, where the paces differ
+        self._pacing: _lightning.Pacing | None = None  # leads Lightning's loops by it
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
         self._resumed: dict[str, Any] = {}  # our entry in the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
@@ -193,6 +208,18 @@ class LocalSGD(_Base):
         super().setup_environment()
         if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             self._averages = _lightning.attach_callbacks(self._trainer, self._undo)
+        if self._trainer.state.fn == TrainerFn.FITTING and self._pace_rule is not None:
+            pace = Pace(self._pace_rule, self.global_rank, self.world_size)
+            self._pace = pace if self.world_size > 1 else None
+
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self._pace is not None and self._trainer.training:
+            if not self._running and self._part is None:
+                clock = Clock(self.schedule, self.world_size, self._resumed.get("clock"))
+                self._pace.share_out(clock.will_average_models(self.worker.measured if self._worker else None))
+            self._pace.deal(dataloader, self._talk(), self._undo)
+        return dataloader
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -225,6 +252,10 @@ class LocalSGD(_Base):
             )
         if self.schedule.averages_only_gradients:
             self._require_no_lbfgs()
+        if self._pace is not None:
+            self._pacing = _lightning.Pacing(trainer, self._pace, self.worker, self._undo)
+            if self._part is not None:
+                self._pacing.load_state(self._part["pace"])
         self._undo.enter_context(_lightning.attach(trainer, self))
         if self._exact:
             self._fit = Fit(trainer, self.root_device, self._part["fit"] if self._part else None)
@@ -249,7 +280,12 @@ class LocalSGD(_Base):
         optimizers = Optimizers(module, getattr(self.precision_plugin, "scaler", None))
         if self.outer is not None and self.outer.offload and self.root_device.type == "cpu":
             raise ValueError("`offload` must be False where the model is in main memory, got True.")
-        landing = Landing(self.outer, measures="drift" in self.schedule.needs)
+        needs, scales = self.schedule.needs, False
+        if self._pace is not None and self._pace_rule is not None:
+            needs, scales = needs | self._pace_rule.needs, self._pace_rule.needs_anchor
+            if "pace" in self._resumed:
+                self._pace.load_state_dict(self._resumed["pace"])
+        landing = Landing(self.outer, measures="drift" in needs, scales=scales)
         landing.load_state_dict(self._resumed.get("landing", {}))
         self._expected_steps = math.nan
         self._worker = Worker(
@@ -265,7 +301,8 @@ class LocalSGD(_Base):
             mean=self.mean,
             landing=landing,
             optimizer_state=self._state_rule,
-            measured=Measured(self.schedule.needs, self._resumed.get("measured")),
+            measured=Measured(needs, self._resumed.get("measured"), fastest=self._pace is not None),
+            pace=self._pace,
             device=self.root_device,
             epoch=lambda: self._trainer.current_epoch,
             expected_steps=lambda: self._expected_steps,
@@ -287,6 +324,7 @@ class LocalSGD(_Base):
             self._worker.landing.rest()
             self._last = self._worker
         self._worker, self._fit, self._running = None, None, False
+        self._pace, self._pacing = None, None
         self._resumed, self._part, self._averages = {}, None, []
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
@@ -360,8 +398,10 @@ class LocalSGD(_Base):
         assert self.lightning_module is not None
         resumed = self._resumed
         clock = Clock(self.schedule, self.world_size, resumed.get("clock"))
-        measured = Measured(self.schedule.needs, resumed.get("measured"))
+        measured = Measured(self.worker.measured.needs, resumed.get("measured"), fastest=self._pace is not None)
         self.worker.restart(clock, measured, resumed.get("landing", {}))
+        if self._pacing is not None:
+            self._pacing.restart()
         self.model = self.lightning_module
         self._unreduced = list(self.model.parameters())
 
@@ -436,10 +476,14 @@ class LocalSGD(_Base):
     # What `_lightning.attach` calls at places that a strategy has no hook for.
 
     def has_loaders(self) -> None:
+        if self._pacing is not None:
+            self._pacing.has_loaders()
         if self._fit is not None:
             self._fit.follow()
 
     def starts_epoch(self) -> bool:
+        goes_on = self._fit is not None and self._fit.goes_on_in_epoch
+        taken_up = self._fit is not None and self._fit.is_taken_up and not goes_on
         if self._fit is not None:
             self._fit.starts_epoch()
         if "steps_left" in self.schedule.needs:
@@ -447,6 +491,8 @@ class LocalSGD(_Base):
         decision = self.worker.ask(Want.EPOCH)
         if not self.worker.clock.averages_models:
             self._require_no_lbfgs()
+        if self._pacing is not None:
+            self._pacing.starts_epoch(decision.step, goes_on, taken_up)
         if decision.want is Want.OVER:
             rank_zero_warn(
                 f"Some ranks have ended their fit at step {decision.step} while rank {decision.askers[0]} would go on "
@@ -460,6 +506,8 @@ class LocalSGD(_Base):
     def starts_batches(self) -> None:
         if self._fit is not None:
             self._fit.starts_batches()
+        if self._pacing is not None:
+            self._pacing.starts_batches()
 
     def before_batch(self) -> bool:
         if self._fit is not None and not self._fit.before_batch():
@@ -468,12 +516,16 @@ class LocalSGD(_Base):
         worker.heed()
         if worker.known_signals or (worker.signals and worker.alone):
             worker.ask(Want.SIGNAL)
+        if self._pacing is not None:
+            self._pacing.before_batch()
         return True
 
     def ends_epoch(self) -> None:
         if self._fit is not None:
             self._fit.ends_epoch()
-        self.worker.end_pass()
+        step = self.worker.end_pass()
+        if self._pacing is not None:
+            self._pacing.ends_epoch(step)
         self._step_is_open = False
         self.worker.act_on_signals()
         if self.worker.validation_is_due:
@@ -499,8 +551,19 @@ class LocalSGD(_Base):
             finally:
                 self._fit.validates = False
 
+    def checks_validation(self, check: Callable[[], bool]) -> bool:
+        return check() if self._pacing is None else self._pacing.checks_validation()
+
+    def steps_schedulers(self, step: Callable[[], None], interval: str, plateau: bool) -> None:
+        if self._pacing is None:
+            step()
+        else:
+            self._pacing.steps_schedulers(step, interval, plateau)
+
     def ends_fit(self) -> None:
         self.worker.ask(Want.OVER)
+        if self._pacing is not None:
+            self._pacing.follow()
 
     def ends_untrained(self) -> None:
         if self._part is not None:  # own replicas, which no round will end
@@ -635,6 +698,7 @@ class LocalSGD(_Base):
             "period": repr(self.schedule),
             "outer": str(self.outer),
             "optimizer_state": str(self._state_rule),
+            "pace": str(self._pace_rule),
         }
 
     @contextmanager
@@ -645,7 +709,7 @@ class LocalSGD(_Base):
                 "worker": state,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "fit": self._fit.state(),
-            }
+            } | ({"pace": self._pacing.state()} if self._pacing is not None else {})
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self._trainer.state.fn != TrainerFn.FITTING:

@@ -20,6 +20,7 @@ from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState, average_states, mean_state
 from lightning_localsgd.optimizers import Optimizers
+from lightning_localsgd.pace import Pace
 from lightning_localsgd.progress import Measured, Report
 from lightning_localsgd.replica import Replica, Snapshot, difference
 
@@ -37,7 +38,8 @@ class Worker:
         mean: how models are averaged.
         landing: what becomes of the mean.
         optimizer_state: what becomes of the optimizers' states.
-        measured: what is known to the schedule.
+        measured: what is known to the schedule and the pace.
+        pace: how much this worker does in a round, or None if all do the same.
         device: where tensors must be to travel.
         epoch: returns how many passes over the data are completed.
         expected_steps: returns how many steps this worker expects in the whole run, or NaN.
@@ -56,6 +58,7 @@ class Worker:
         landing: Landing,
         optimizer_state: OptimizerState,
         measured: Measured,
+        pace: Pace | None,
         device: torch.device,
         epoch: Callable[[], int],
         expected_steps: Callable[[], float],
@@ -70,6 +73,7 @@ class Worker:
         self.landing = landing
         self._optimizer_state = optimizer_state
         self.measured = measured
+        self.pace = pace
         self._epoch = epoch
         self._expected_steps = expected_steps
         self.collectives = Collectives(self.ask, device)
@@ -129,7 +133,8 @@ class Worker:
         """Return what a checkpoint keeps that is equal on all workers; with the anchor if ``whole``."""
         landing = self.landing.state_dict(whole)
         measured = {"measured": self.measured.state_dict()} if self.measured.needs else {}
-        return {"clock": self.clock.state_dict()} | measured | ({"landing": landing} if landing else {})
+        pace = {"pace": self.pace.state_dict(self.clock.step)} if self.pace is not None else {}
+        return {"clock": self.clock.state_dict()} | measured | pace | ({"landing": landing} if landing else {})
 
     @contextmanager
     def state(self) -> Generator[dict[str, Any], None, None]:
@@ -197,7 +202,7 @@ class Worker:
 
     def _report(self, want: Want) -> Report:
         """Say what the schedule wants to know of this worker."""
-        needs = self.clock.schedule.needs
+        needs = self.measured.needs
         if not needs:
             return Report()
         return self.measured.report(
@@ -265,14 +270,23 @@ class Worker:
     def end_step(self) -> None:
         """Count a step; after the last one of a round, average."""
         over = self.clock.tick()
+        if self.pace is not None:
+            self.pace.tick()
+            over = self.pace.is_over(self.clock) if self.clock.averages_models else over
         self.measured.note_step()
         if self.clock.averages_models:
             self.stepped = True
             if over or (self.clock.is_at_check() and self._check()):
+                self._settle()
                 self.ask(Want.ROUND)
         elif over:  # all replicas are equal: their gradients were averaged
             self.clock.next_round(self.clock.step)
             self._plan_if_known()
+
+    def is_idle(self) -> bool:
+        """Before a batch: whether this worker has no step left in this round."""
+        self.start_step()
+        return self.pace is not None and self.pace.is_over(self.clock)
 
     def start_step(self) -> None:
         """Before a step that averages models: see that its round has a length."""
@@ -284,13 +298,15 @@ class Worker:
         if self.clock.ends_with_pass():
             self.ask(Want.ROUND)
 
-    def end_pass(self) -> None:
-        """After the last step of a pass over the data; waits for the others."""
-        if any(self.ask(Want.ENDED).weights):  # else all rounds have ended with its last steps
+    def end_pass(self) -> int:
+        """After the last step of a pass over the data; waits for the others, and returns the furthest one's step."""
+        decision = self.ask(Want.ENDED)
+        if any(decision.weights):  # else all rounds have ended with its last steps
             if self.clock.ends_with_pass():
                 self.ask(Want.ROUND)
             else:
                 self.clock.passes += 1
+        return decision.step
 
     def _check(self) -> bool:
         reports = self.ask(Want.CHECK).reports
@@ -341,8 +357,10 @@ class Worker:
         counted = [report for report, weight in zip(decision.reports, decision.weights, strict=True) if weight]
         start = time.perf_counter()
         with torch.profiler.record_function("localsgd::round"):
-            apart, together = self._land(decision.weights)
+            apart, together = self._land(decision)
         self.measured.hear(counted, ends_round=True)
+        if self.pace is not None:
+            self.pace.hear([report.step_seconds for report in decision.reports])
         self._restart_nonfinite(decision)
         self._average_states(decision)
         scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
@@ -357,20 +375,28 @@ class Worker:
         self._plan_if_known()
         self.at_consensus()
 
-    def _seconds_since(self, start: float) -> float:
-        if "seconds" in self.clock.schedule.needs and self._device.type == "cuda":
+    def _settle(self) -> None:
+        """Let the device end its work, where that is timed."""
+        if "seconds" in self.measured.needs and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def _seconds_since(self, start: float) -> float:
+        self._settle()
         return time.perf_counter() - start
 
-    def _land(self, weights: Sequence[int]) -> tuple[float, float]:
+    def _land(self, decision: Decision) -> tuple[float, float]:
         """Average the replicas and start from there; return how far they had moved apart and together, squared."""
+        weights = decision.weights
         if not self.landing.is_needed:
             self.average(weights)
             return math.nan, math.nan
         trained = self.replica.trained()
         views = [piece for _, _, pieces in trained for piece in pieces]
         then, rank = self.landing.round(self._rates(weights)), self._header.rank
-        self.mean.average(views, weights, rank, modest=self._modest, then=then)
+        first = None
+        if self.pace is not None:
+            first = self.landing.scaled(self.pace.factor([step - self.clock.start for step in decision.steps], weights))
+        self.mean.average(views, weights, rank, modest=self._modest, first=first, then=then)
         rest = self.replica.rest()
         if rest and not self.alone:
             self.mean.average(rest, weights, rank, modest=self._modest)

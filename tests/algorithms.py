@@ -144,7 +144,7 @@ def algorithms() -> dict[str, Algorithm]:
         ),
         "QSR": Algorithm(QSR(0.06, 2, warmup=4), qsr(0.06, 2, 4, 24), factor=falling),
         "AdaComm": Algorithm(AdaComm(6, every=6), None),
-        "CommBudget": Algorithm(CommBudget(0.3, at_least=3, first=4), None, steps=32),
+        "CommBudget": Algorithm(CommBudget(0.3, at_least=3, at_most=6, first=4), None, steps=32),
         "DriftLimit": Algorithm(DriftLimit(0.5, first=4, check=2), None, steps=40),
         # then what
         "DiLoCo": Algorithm(**four, outer=DiLoCo(), begin=nesterov(), optimizer="adamw"),
@@ -182,7 +182,7 @@ def algorithms() -> dict[str, Algorithm]:
             Stages({0: 2, 8: 4}), lambda N, lr, s, t: 2 if t < 8 else 4, optimizer_state=AverageState(), state="average"
         ),
         "CommBudget x DiLoCo": Algorithm(
-            CommBudget(0.3, at_least=3, first=4), None, outer=DiLoCo(), begin=nesterov(), steps=32
+            CommBudget(0.3, at_least=3, at_most=6, first=4), None, outer=DiLoCo(), begin=nesterov(), steps=32
         ),
         "SlowMo x reset": Algorithm(
             **four, outer=SlowMo(1.0, 0.6), begin=slow(1.0, 0.6), optimizer_state="reset", state="reset"

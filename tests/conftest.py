@@ -12,6 +12,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    settings.register_profile("any machine", deadline=None)  # others may use it too
+    settings.load_profile("any machine")
     config.addinivalue_line("markers", "soak: takes long; runs only with --soak N")
     config.addinivalue_line("markers", "drawn: a hypothesis test of as many cases as --soak says, or 20")
 

@@ -107,6 +107,56 @@ def restarted_sgd(
         yield xs
 
 
+def heterogeneous(
+    x: nn.Module,
+    N: int,
+    I: list[list[int]],  # noqa: E741
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    F: Callable[[nn.Module, int, int], Tensor],
+    begin: Callable[[nn.Module], Restart],
+    *,
+    gamma: Callable[[int], float],
+    weigh: str = "uniform",
+    state: str = "keep",
+) -> Iterator[list[nn.Module]]:
+    """Algorithm 3 of Yu, Yang, Zhu (2019): in round s worker i takes I_i^s steps, and all meet.
+
+    Args:
+        x, N, optimizer, begin, state: as for :func:`restarted_sgd`.
+        I: the steps of each worker in each round; who takes none does not count in its average.
+        F: the loss of worker i's model on its k-th batch, from 0, as ``F(x_i, i, k)``.
+        gamma: the learning rate of step t, from 1, counted by the fastest worker.
+        weigh: the average's weights.
+
+    Yields:
+        The models of all workers after each round.
+    """
+    xs = [deepcopy(x) for _ in range(N)]
+    steps = [optimizer(x_i) for x_i in xs]
+    restart, t, had = begin(x), 0, [0] * N
+    for I_s in I:
+        anchor = deepcopy(xs[0])
+        for i in range(N):
+            for k in range(1, I_s[i] + 1):
+                steps[i].param_groups[0]["lr"] = gamma(t + k)
+                steps[i].zero_grad()
+                F(xs[i], i, had[i]).backward()
+                steps[i].step()
+                had[i] += 1
+        counted = [i for i in range(N) if I_s[i]]
+        mean = sum(I_s) / len(counted)
+        for i in counted:
+            factor = {"uniform": 1.0, "steps": I_s[i] / mean, "fednova": mean / I_s[i]}[weigh]
+            for own, start in zip(xs[i].parameters(), anchor.parameters(), strict=True):
+                own.data = start.data + factor * (own.data - start.data)
+        restart([xs[i] for i in counted], [])
+        for i in set(range(N)) - set(counted):
+            xs[i].load_state_dict(xs[counted[0]].state_dict())
+        average_or_reset([steps[i] for i in counted], state)
+        t += max(I_s)
+        yield xs
+
+
 def plain(x: nn.Module) -> Restart:
     """The paper's own: every worker restarts from the mean."""
     return lambda xs, _: average(xs)

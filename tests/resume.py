@@ -79,6 +79,7 @@ class Case:
     period: Any = 4
     outer: Any = None
     optimizer_state: Any = "keep"
+    pace: Any = "equal"
     optimizer: str = "adamw"
     kind: str = "noisy"
     manual: bool = False
@@ -240,6 +241,7 @@ def run(case, folder=None, saver=None, resume=None, callbacks=()):
         mean=Mean(bucket_mb=case.bucket_mb),
         outer=case.outer,
         optimizer_state=case.optimizer_state,
+        pace=case.pace,
         checkpoint=case.checkpoint,
     )
     options = {"max_epochs": case.epochs, "num_sanity_val_steps": 0} | case.options

@@ -51,8 +51,8 @@ loss.backward()
 assert abs(loss.item()) < 10 and all(parameter.grad.norm() > 0 for parameter in model.parameters())
 fast, slow = ([Epoch(1.0, 0.5, s, 4.0), Epoch(0.5, best, 2 * s, 8.0)] for s, best in ((10.0, 0.9), (40.0, 0.95)))
 assert table({1: Trained(88, slow), 8: Trained(88, fast)}).splitlines()[2:] == [
-    "| 1 | 88 | 0.5000 | 95.0 | 40.00 | 1.00 | 4.00 | 80 |",
-    "| 8 | 11 | 0.5000 | 90.0 | 10.00 | 4.00 | 4.00 | 20 |",
+    "| 1 | 88 | 0.5000 | 95.0 | 40.00 | 1.00 | 4.00 |",
+    "| 8 | 11 | 0.5000 | 90.0 | 10.00 | 4.00 | 4.00 |",
 ]
 """
 

@@ -17,6 +17,7 @@ from lightning_localsgd import (
     LocalSGDStrategy,
     Outer,
     PostLocal,
+    Proportional,
     SlowMo,
     Stages,
 )
@@ -35,6 +36,7 @@ pytestmark = [
 
 EVERY = {"every_n_train_steps": 3}
 WORKERS = {"shuffle": True, "num_workers": 2}
+DEALT = {"use_distributed_sampler": True}
 CASES = {
     "shuffled, random transforms": (Case(transform=True), EVERY),
     "loader processes": (Case(data=WORKERS, epochs=2), {"every_n_train_steps": 5}),
@@ -91,6 +93,22 @@ CASES = {
     "one average": (Case(period=AtEnd(), epochs=2), EVERY),
     "stages by epochs": (Case(period=Stages({0: 2, 1: 5}, unit="epoch")), EVERY),
     "averaged moments": (Case(optimizer_state=AverageState({"exp_avg": 1, "exp_avg_sq": 2})), EVERY),
+    "paces": (
+        Case(pace=Proportional((1, 0.4)), options=DEALT, scheduler="step", batches=14),
+        {"every_n_train_steps": 4},
+    ),
+    "paces by steps, with DiLoCo and loader processes": (
+        Case(
+            pace=Proportional((0.3, 1), average="steps"),
+            outer=DiLoCo(),
+            options=DEALT | {"val_check_interval": 0.5},
+            data=WORKERS,
+            accumulate=2,
+            batches=24,
+            epochs=2,
+        ),
+        {"every_n_train_steps": 4},
+    ),
     "fewer batches than there are": (Case(options={"limit_train_batches": 5}), {"every_n_train_steps": 2}),
 }
 

@@ -46,6 +46,12 @@ class Hooks(Protocol):
     def validates(self, run: Callable[[], Any]) -> Any:
         """In place of the validation loop, which ``run`` is."""
 
+    def checks_validation(self, check: Callable[[], bool]) -> bool:
+        """In place of the question after a batch whether to validate, which ``check`` is."""
+
+    def steps_schedulers(self, step: Callable[[], None], interval: str, plateau: bool) -> None:
+        """In place of a step of the learning rates after a batch or an epoch, which ``step`` is."""
+
     def ends_fit(self) -> None:
         """After the last epoch and before any hook."""
 
@@ -113,6 +119,14 @@ def attach(trainer: Trainer, hooks: Hooks) -> ExitStack:
     def run_validation() -> Any:
         return hooks.validates(validation)
 
+    def should_check_validation(data_fetcher: Any) -> bool:
+        return hooks.checks_validation(lambda: check(data_fetcher))
+
+    def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
+        hooks.steps_schedulers(
+            lambda: schedulers(interval, update_plateau_schedulers), interval, update_plateau_schedulers
+        )
+
     def on_run_end() -> None:
         hooks.ends_fit()
         run_end()
@@ -145,6 +159,8 @@ def attach(trainer: Trainer, hooks: Hooks) -> ExitStack:
         loop, "_load_combined_loader_states", load_loaders, "find their places in the data again", needed=False
     )
     validation = wrap(val_loop, "run", run_validation, "validate the mean of their models")
+    check = wrap(epoch_loop, "_should_check_val_fx", should_check_validation, "validate at the end of a round")
+    schedulers = wrap(epoch_loop, "update_lr_schedulers", update_lr_schedulers, "follow the same learning rate")
     run_end = wrap(loop, "on_run_end", on_run_end, "end the fit together")
     data = wrap(loop, "setup_data", setup_data, "wait for each other when one has no data at all", needed=False)
     wrap(signals, "_sigterm_notifier_fn", on_sigterm, "stop together on SIGTERM", needed=False)
