@@ -10,87 +10,31 @@ with the bytes that a host sent per step by the kernel's counter. Of several run
 the machine does can only slow a run down. Writes the picture `docs/speed.png`.
 
 Needs: Linux, root, `ip` and `tc` (Debian: iproute2), scikit-learn, matplotlib; at least 2 cores; about 5 minutes
-(`--quick`: one, and no picture). What it sets up is named `lsgd-bench...` and removed at the end, also on failure.
+(`--quick`: one, and no picture).
 """
 
 import argparse
-import ctypes
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from hosts import hosts, missing, sent
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from workers import QUIET, ask, same_host, workers
+from workers import QUIET, ask, workers
 
 from lightning_localsgd import LocalSGDStrategy
 
 PERIODS = (1, 2, 4, 8, 16, 32)
 ALONE, DDP = "alone", "DDP"  # ways to train beside the periods
 PICTURE = Path(__file__).parent.parent / "docs" / "speed.png"
-BRIDGE, HOSTS = "lsgd-bench", ("lsgd-bench0", "lsgd-bench1")
-
-
-# ------------------------------------------------------------------------------------------------------------ two hosts
-
-
-@contextmanager
-def hosts() -> Iterator[None]:
-    """Two hosts, 10.77.0.1 and 10.77.0.2, joined by a bridge."""
-    with ExitStack() as undo:
-        _run(f"ip link add {BRIDGE} type bridge")
-        undo.callback(_run, f"ip link del {BRIDGE}")
-        _run(f"ip link set {BRIDGE} up")
-        for number, host in enumerate(HOSTS):
-            _run(f"ip netns add {host}")
-            undo.callback(_run, f"ip netns del {host}")
-            _run(f"ip link add {host} type veth peer name eth0 netns {host}")  # goes with its namespace
-            _run(f"ip link set {host} master {BRIDGE} up")
-            _run(f"ip -n {host} address add 10.77.0.{number + 1}/24 dev eth0")
-            for device in ("lo", "eth0"):
-                _run(f"ip -n {host} link set {device} up")
-        yield
-
-
-def shape(mbit: int) -> None:
-    """Give the link of each host this bandwidth in both directions."""
-    for host in HOSTS:
-        for place in (f"-n {host} qdisc replace dev eth0", f"qdisc replace dev {host}"):
-            _run(f"tc {place} root tbf rate {mbit}mbit burst 256kb latency 200ms")
-
-
-def enter(rank: int) -> None:
-    """Move this process to host ``rank``, for good."""
-    same_host(rank)
-    os.environ.update(MASTER_ADDR="10.77.0.1", LOCAL_RANK="0", NODE_RANK=str(rank), GLOO_SOCKET_IFNAME="eth0")
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{HOSTS[rank]}") as namespace:
-        if libc.setns(namespace.fileno(), 0):
-            raise OSError(ctypes.get_errno(), "setns")
-
-
-def sent() -> int:
-    """Return the bytes that this host has sent."""
-    line = next(line for line in Path("/proc/self/net/dev").read_text().splitlines() if "eth0:" in line)
-    return int(line.split(":")[1].split()[8])
-
-
-def _run(command: str) -> None:
-    subprocess.run(command.split(), check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -174,11 +118,11 @@ def train(pipe: Connection, rank: int) -> None:
 def measure(speeds: list[int], ways: list[Any], steps: int, repeats: int) -> dict[tuple[int, Any], Cost]:
     """Return for each speed of the link, for each way to train, the cost of a step in the fastest run."""
     costs = defaultdict(list)
-    with hosts(), workers(2, train, job=enter) as pipes:
+    with hosts() as lab, workers(2, train, job=lab.enter) as pipes:
         ask(pipes, (DDP, 2))  # starts the process group, warms up
         for _ in range(repeats):
             for mbit in speeds:
-                shape(mbit)
+                lab.shape(mbit)
                 for way in random.sample(ways, len(ways)):
                     costs[mbit, way].append(max(ask(pipes, (way, 8 if way == "all_reduce" else steps))))
         for pipe in pipes:
@@ -233,10 +177,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4, help="runs of each way; the fastest counts")
     parser.add_argument("--quick", action="store_true", help="once, with periods 1, 8 and 32, no picture")
     args = parser.parse_args()
-    if sys.platform != "linux" or os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
-        print("skipped: this needs Linux, root, and `ip` and `tc` (Debian: apt-get install iproute2)")
+    if lacks := missing():
+        print(f"skipped: {lacks}")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts are removed
     periods = (1, 8, 32) if args.quick else PERIODS
     ways = [ALONE, DDP, *periods]
     costs = measure(args.speeds, [*ways, "all_reduce"], args.steps, 1 if args.quick else args.repeats)

@@ -153,7 +153,7 @@ class CommBudget(Schedule):
     .. math:: I = \min \left\{ I : \frac{c}{c + I s} \le \rho \right\}
         = \left\lceil \frac{c}{s} \cdot \frac{1 - \rho}{\rho} \right\rceil
 
-    with the time c of an average and s of a local step, both as measured over the last five rounds on all workers (see
+    with the time c of an average and s of a local step, both as measured over the last ten rounds on all workers (see
     :class:`Progress`). An average is timed from when the last worker has come: waiting for a slower one does not
     lengthen the rounds. From one round to the next the length changes by a factor of 2 at most.
 

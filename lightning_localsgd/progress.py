@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 Need = Literal["epoch", "learning_rate", "loss", "steps_left", "seconds", "drift"]
-_KEPT = 5  # measurements of time whose median is taken: one validation or swapped page does not move it
+_KEPT = 10  # measurements of time; short averages often take one of two times, so fewer would say too little
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Progress:
         loss: mean over the workers and steps of the last round of the loss that ``training_step`` returned.
         first_loss: the same of the first round.
         seconds_per_step: wall time of a local step; median over the workers (with ``pace="proportional"``: of the
-            fastest) and the last 5 rounds.
+            fastest), and over the last 10 rounds the mean without the shortest and the longest.
         seconds_per_average: wall time of an average from when the last worker has come until it has landed; median over
-            the workers and the last 5 averages.
+            the workers, and the same mean over the last 10 averages.
         drift: how far the replicas had moved apart when they were averaged last, relative to how far they had moved
             together, :math:`\sqrt{\frac{1}{N} \sum_i \lVert x_i - \bar x \rVert^2} \, / \, \lVert \bar x - a \rVert`
             with the anchor a.
@@ -202,9 +202,9 @@ class Measured:
         if "steps" in self._known:
             know["steps_left"] = max(0, int(self._known["steps"]) - step)
         if self._step_seconds:
-            know["seconds_per_step"] = statistics.median(self._step_seconds)
+            know["seconds_per_step"] = _typical(self._step_seconds)
         if self._average_seconds:
-            know["seconds_per_average"] = statistics.median(self._average_seconds)
+            know["seconds_per_average"] = _typical(self._average_seconds)
         return Progress(step, round, workers, **know, **more)
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,3 +232,9 @@ class Measured:
 
 def _numbers(values: Any) -> list[float]:
     return [value for value in values if not math.isnan(value)]
+
+
+def _typical(values: Sequence[float]) -> float:
+    """Return the mean without the smallest and the largest: what all take together, but for one swapped page."""
+    middle = sorted(values)[1:-1] if len(values) > 2 else values
+    return statistics.fmean(middle)

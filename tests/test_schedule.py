@@ -4,6 +4,7 @@ import math
 import pickle
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from lightning_localsgd import (
     Stages,
     TimeVarying,
 )
+from lightning_localsgd.progress import Measured, Report
 from lightning_localsgd.schedule import require_known_needs
 
 
@@ -280,6 +282,44 @@ def test_the_budget_begins_with_models_and_keeps_its_limits():
     assert CommBudget(at_most=10).length(at(**known, seconds_per_average=100.0)) == 10
     assert CommBudget(at_least=6).length(at(**known, seconds_per_average=0.0)) == 6
     assert CommBudget().length(at(**(known | {"last_length": 2}), seconds_per_average=0.0)) == 1
+
+
+def rounds_of(averages, steps=(0.02, 0.02)):
+    """The lengths that a budget of 5 % names when averages take these seconds, and each worker's steps those."""
+    measured, length, lengths = Measured(frozenset({"seconds"})), None, []
+    for round_, seconds in enumerate([math.nan, *averages]):  # the first header knows of no average yet
+        if round_:
+            reports = [Report(average_seconds=seconds, step_seconds=step) for step in steps]
+            measured.hear(reports, ends_round=True)
+        known = {"averages_models": round_ > 0, "last_length": length}
+        length = CommBudget(0.05).length(measured.progress(0, round_, len(steps), **known))
+        lengths.append(length)
+    return lengths[1:]
+
+
+def test_the_budget_holds_where_averages_take_one_of_two_times():
+    # As measured on a fast link, where the odd average waits for a tick of the scheduler: medians would name 2 and 4.
+    averages = [0.0015, 0.0015, 0.0045, 0.0015, 0.0045, 0.0015, 0.0045, 0.0015, 0.0015, 0.0015] * 4
+    lengths = rounds_of(averages)
+    assert set(lengths[10:]) == {3}
+    seconds = [average + 0.02 * length for average, length in zip(averages[11:], lengths[10:], strict=False)]
+    assert sum(averages[11:]) / sum(seconds) < 0.05
+
+
+def test_the_budget_is_not_moved_by_one_slow_average_and_follows_a_network_that_slows():
+    steady = [0.0205] * 15
+    assert rounds_of(steady)[:3] == [16, 20, 20]
+    assert set(rounds_of([*steady, 5.0, *steady])[1:]) == {20}
+    slower = rounds_of([*steady, *[0.082] * 20])[15:]
+    assert slower == sorted(slower)
+    assert slower[9:] == [78] * 11  # all of the last ten
+    assert all(later <= 2 * sooner for sooner, later in pairwise([20, *slower]))
+
+
+@pytest.mark.parametrize("slow", [0.03, 0.08])
+def test_a_slow_worker_does_not_lengthen_rounds(slow):
+    for workers in (2, 3, 5):
+        assert set(rounds_of([0.0205] * 20, [0.02] * (workers - 1) + [slow])[2:]) == {20}
 
 
 def test_drift_shortens_rounds_and_its_lack_lengthens_them():
