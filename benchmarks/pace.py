@@ -4,7 +4,8 @@
 
 Four workers train on the digits example's data for the same number of epochs with each pace in turn. Each step of the
 slow one sleeps four times as long as the others' (busy processes on two cores would slow each other). The strategy
-measures the speeds, so the first epoch is as at equal pace and is left out of the rate; `given` has them from the start. Shown: samples a second of all workers after the first epoch, relative to the equal pace of the
+measures the speeds, so the first epoch is as at equal pace and is left out of the rate; `given` has them from the
+start. Shown: samples a second of all workers after the first epoch, relative to the equal pace of the
 same seed, and the test accuracy at the end.
 
 Needs: scikit-learn; about 8 minutes.
