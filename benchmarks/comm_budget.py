@@ -5,7 +5,7 @@
 Two hosts, one worker each, on links of 50, 200 and 1000 Mbit/s. A local step takes 20 ms, most of it asleep, so that
 the workers do not disturb each other on the cores that they share. Each run has 20 rounds to settle, 10 in which the
 share of averaging is measured, and 12 in which one worker is 1.5 times slower. On the fastest link, the link then slows
-down in mid-run for 20 rounds. Two smaller models need less than 5 % in any case of more than a few steps.
+down in mid-run for 30 rounds. For two smaller models rounds of a few steps, or of one, are enough.
 
 The schedule's own measurements are not used for the table. Its periods are noted as it names them. The time of an
 average runs from the end of `localsgd::header` to that of `localsgd::round`, the names under which a profiler shows

@@ -81,7 +81,8 @@ def hosts(number: int = 2) -> Iterator[Hosts]:
         for rank, name in enumerate(names):
             _run(f"ip netns add {name}")
             undo.callback(_run, f"ip netns del {name}")
-            _run(f"ip link add {name} type veth peer name eth0 netns {name}")  # goes with its namespace
+            _run(f"ip link add {name} type veth peer name eth0 netns {name}")
+            undo.callback(_run, f"ip link del {name}")  # else it goes some time after its namespace
             _run(f"ip link set {name} master {bridge} up")
             _run(f"ip -n {name} address add {address(rank)}/24 dev eth0")
             for device in ("lo", "eth0"):
