@@ -40,6 +40,8 @@ class Progress:
             fastest), and over the last 10 rounds the mean without the shortest and the longest.
         seconds_per_average: wall time of an average from when the last worker has come until it has landed; median over
             the workers, and the same mean over the last 10 averages.
+        seconds_waiting: wall time that the first worker at the end of a round waits for the last, which is no part of
+            the average; the same mean over the last 10 averages.
         drift: how far the replicas had moved apart when they were averaged last, relative to how far they had moved
             together, :math:`\sqrt{\frac{1}{N} \sum_i \lVert x_i - \bar x \rVert^2} \, / \, \lVert \bar x - a \rVert`
             with the anchor a.
@@ -62,6 +64,7 @@ class Progress:
     first_loss: float | None = None
     seconds_per_step: float | None = None
     seconds_per_average: float | None = None
+    seconds_waiting: float | None = None
     drift: float | None = None
     drift_length: int | None = None
     distances: tuple[float, ...] = ()
@@ -77,6 +80,7 @@ class Report:
         steps: that it expects in the whole run.
         step_seconds: mean over its steps of this round.
         average_seconds: of the last average.
+        wait_seconds: for the others before it.
         apart: squared distance of its replica from the mean at the last average.
         together: squared distance of that mean from the anchor.
         distance: of its replica from the anchor now.
@@ -87,6 +91,7 @@ class Report:
     steps: float = math.nan
     step_seconds: float = math.nan
     average_seconds: float = math.nan
+    wait_seconds: float = math.nan
     apart: float = math.nan
     together: float = math.nan
     distance: float = math.nan
@@ -111,9 +116,10 @@ class Measured:
         self._busy_since: float | None = None  # when this stretch of local steps began
         self._busy = 0.0  # seconds of this round before it
         self._pauses = 0
-        state = state or {"known": {}, "step_seconds": [], "average_seconds": []}
+        state = {"known": {}, "step_seconds": [], "average_seconds": [], "wait_seconds": []} | (state or {})
         self._step_seconds: deque[float] = deque(state["step_seconds"], maxlen=_KEPT)
         self._average_seconds: deque[float] = deque(state["average_seconds"], maxlen=_KEPT)
+        self._wait_seconds: deque[float] = deque(state["wait_seconds"], maxlen=_KEPT)
         self._known: dict[str, Any] = dict(state["known"])  # by the names of `Progress`, and the steps of the whole run
 
     # ------------------------------------------------------------------------------------------------- of this worker
@@ -144,9 +150,10 @@ class Measured:
             if not self._pauses:
                 self._busy_since = time.perf_counter()
 
-    def note_average(self, steps: int, seconds: float, apart: float, together: float) -> None:
+    def note_average(self, steps: int, seconds: float, waited: float, apart: float, together: float) -> None:
         """An average has landed after a round of so many steps."""
-        self._own, self._own_length = Report(average_seconds=seconds, apart=apart, together=together), steps
+        self._own = Report(average_seconds=seconds, wait_seconds=waited, apart=apart, together=together)
+        self._own_length = steps
         self.start_round()
 
     def start_round(self) -> None:
@@ -190,6 +197,8 @@ class Measured:
                 self._step_seconds.append(self._typical_step(step))
             if average := _numbers(report.average_seconds for report in reports):
                 self._average_seconds.append(statistics.median_low(average))
+            if waits := _numbers(report.wait_seconds for report in reports):
+                self._wait_seconds.append(max(waits))
 
     def planned(self) -> None:
         """A round has been planned from what is known."""
@@ -205,6 +214,8 @@ class Measured:
             know["seconds_per_step"] = _typical(self._step_seconds)
         if self._average_seconds:
             know["seconds_per_average"] = _typical(self._average_seconds)
+        if self._wait_seconds:
+            know["seconds_waiting"] = _typical(self._wait_seconds)
         return Progress(step, round, workers, **know, **more)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,13 +224,14 @@ class Measured:
             "known": dict(self._known),
             "step_seconds": list(self._step_seconds),
             "average_seconds": list(self._average_seconds),
+            "wait_seconds": list(self._wait_seconds),
         }
 
     def own_state(self) -> list[float]:
         """Return what this worker alone has measured, for an exact resume."""
         losses = [float(part) for part in self._losses] or [0.0, 0.0]
         own = self._own
-        of_average = [float(self._own_length), own.average_seconds, own.apart, own.together]
+        of_average = [float(self._own_length), own.average_seconds, own.wait_seconds, own.apart, own.together]
         return [*losses, float(self._steps), self._busy, *of_average]
 
     def load_own_state(self, state: list[float]) -> None:
@@ -227,7 +239,9 @@ class Measured:
         loss, count, steps, self._busy, length, *own = state
         self._losses = [loss, count] if count else []
         self._steps = int(steps)
-        self._own, self._own_length = Report(average_seconds=own[0], apart=own[1], together=own[2]), int(length)
+        average, wait, apart, together = own
+        self._own = Report(average_seconds=average, wait_seconds=wait, apart=apart, together=together)
+        self._own_length = int(length)
 
 
 def _numbers(values: Any) -> list[float]:

@@ -89,6 +89,7 @@ class Worker:
         self.signals = 0  # received by this process
         self.known_signals = 0  # received by any, as all know
         self._modest = False  # whether the replica has no large elements, as the last header's look has shown
+        self._came: float | None = None  # when it came to the end of its round
         self._states_found: set[str] = set()  # of `optimizer_state`, as all know
         self._restarts: Counter[int] = Counter()  # of each rank, because it was not finite
 
@@ -278,6 +279,7 @@ class Worker:
             self.stepped = True
             if over or (self.clock.is_at_check() and self._check()):
                 self._settle()
+                self._came = time.perf_counter()
                 self.ask(Want.ROUND)
         elif over:  # all replicas are equal: their gradients were averaged
             self.clock.next_round(self.clock.step)
@@ -367,7 +369,9 @@ class Worker:
         if min(scales):
             self.optimizers.loss_scale = min(scales)
         steps = decision.step - self.clock.start
-        self.measured.note_average(steps, self._seconds_since(start), apart, together)
+        came, self._came = self._came, None
+        waited = start - came if came is not None else math.nan
+        self.measured.note_average(steps, self._seconds_since(start), waited, apart, together)
         self.stepped = self.touched = False
         self.replica.begin_round()
         self._take_anchor()

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, WeightedRandomSampler
 
-from lightning_localsgd import DiLoCo, DriftLimit, EveryEpoch, LocalSGDStrategy, PostLocal, Proportional
+from lightning_localsgd import DiLoCo, DriftLimit, EveryEpoch, LocalSGDStrategy, PostLocal, Proportional, Schedule
 from lightning_localsgd.pace import Dealt, counts, in_groups, places
 from tests import reference
 from tests.algorithms import RATES, nesterov
@@ -507,6 +507,34 @@ def test_a_sleeping_worker_gets_less_to_do():
     for ranks in found.values():
         for epoch in range(4):
             assert sorted(index for one in ranks for index in one["epochs"][epoch]) == list(range(240))
+
+
+class Noting(Schedule):
+    """Rounds of 4 steps; notes what is known at the start of each."""
+
+    needs = frozenset({"seconds"})
+
+    def __init__(self):
+        self.known = []
+
+    def length(self, progress):
+        self.known.append(progress)
+        return 4
+
+
+def wait_for_the_slow_one(slow):
+    schedule = Noting()
+    go(2, Plan(period=schedule, slow=slow))
+    return [(known.seconds_waiting, known.seconds_per_step) for known in schedule.known]
+
+
+def test_waiting_for_a_slower_worker_is_reported_apart():
+    first, second = run_workers(wait_for_the_slow_one, 2, 0.05)
+    assert first == second
+    assert first[0] == (None, None)
+    waiting, step = first[-1]
+    assert waiting > 3 * 0.05  # of the 4 steps, of which each is so much longer
+    assert step < 0.05  # the lower median of two is the fast worker's
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
