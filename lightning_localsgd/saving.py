@@ -1,0 +1,199 @@
+"""WHERE Lightning asks for what is kept: the strategy's hooks for checkpoints, which say the same on all ranks."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_localsgd import _lightning
+from lightning_localsgd.checkpoint import (
+    KEY,
+    AtomicCheckpointIO,
+    Keeper,
+    Remove,
+    Save,
+    one_workers_path,
+    refuse_one_worker,
+)
+from lightning_localsgd.clock import Clock
+from lightning_localsgd.header import Header, Want
+from lightning_localsgd.mean import Mean
+from lightning_localsgd.moments import load_as_it_was, mean_state
+from lightning_localsgd.outer import OuterStep
+from lightning_localsgd.pace import Proportional
+from lightning_localsgd.resume import Fit, all_go_on_from, read_part
+from lightning_localsgd.schedule import Schedule
+from lightning_localsgd.worker import OptimizerState, Worker
+
+if TYPE_CHECKING:
+    _Base = DDPStrategy
+else:
+    _Base = object  # `lightning.pytorch` and `pytorch_lightning` share no class: theirs comes with `LocalSGDStrategy`
+
+
+class Keeps(_Base):
+    """The part of the strategy that saves, removes and loads checkpoints."""
+
+    schedule: Schedule
+    mean: Mean
+    outer: OuterStep | None
+    _state_rule: OptimizerState
+    _pace_rule: Proportional | None
+    _exact: bool
+    _header: Header | None
+    _keeper: Keeper
+    _worker: Worker | None  # of the fit in progress
+    _last: Worker | None  # of the last fit, for a checkpoint that is saved after it
+    _fit: Fit | None  # follows the fit in progress, where checkpoints are exact
+    _pacing: "_lightning.Pacing | None"
+    _running: bool  # between `on_train_start` and `on_train_end`, where every collective has a header
+    _resumed: dict[str, Any]  # our entry in the checkpoint that a fit goes on from
+    _part: dict[str, Any] | None  # this worker's part of it, if it goes on exactly
+
+    def _restart(self) -> None:
+        raise NotImplementedError
+
+    def _talk(self) -> Header:
+        """Return how the ranks hear of each other; all make it at once."""
+        if self._header is None:
+            self._header = Header(self.global_rank, self.world_size, self._timeout)
+        return self._header
+
+    @property
+    def worker(self) -> Worker:
+        """This worker, during ``fit``: its clock, its replica, and its part in the protocol."""
+        if self._worker is None:
+            raise RuntimeError("There is a worker only during `fit`.")
+        return self._worker
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _communicates(self) -> bool:
+        """Whether this rank may send headers: in training, and not on the way out with an exception."""
+        return self._running and not self._trainer.interrupted
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with self.worker.consensus() if self._communicates else nullcontext():
+            state = super().lightning_module_state_dict()
+            # Written only after the module has its own weights again.
+            return deepcopy(state) if self._worker is not None and self._worker.holds_other_weights else state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        if self._communicates:
+            return self.worker.mean_state(optimizer, state)
+        if self._worker is None and self._last and self._last.clock.averages_models and not self._is_apart:
+            return mean_state(state, self.mean, self._talk(), reader=0, device=self.root_device)  # after a fit
+        return state
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = _lightning.with_default_io(self._checkpoint_io, AtomicCheckpointIO())
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        worker = self._worker or self._last
+        if worker is not None:
+            checkpoint[KEY] = self._setting()
+        if self._communicates:
+            exact = self._exact and "optimizer_states" in checkpoint  # else only weights are saved
+            with self.worker.measured.pause():
+                common = partial(self.worker.common_state, whole=exact)
+                self._handle_files(Save(str(filepath), checkpoint, storage_options, exact, common))
+            return
+        if worker is not None:
+            checkpoint[KEY] |= worker.common_state(whole=False)
+        if self._is_apart:
+            checkpoint[KEY] = checkpoint.get(KEY, {}) | {"one_worker": self.global_rank}
+            path = one_workers_path(str(filepath), self.global_rank)
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        else:
+            if self._exact and self._worker is None and "optimizer_states" in checkpoint:
+                rank_zero_warn(
+                    f"Outside of training no worker keeps its part of a checkpoint: a run that resumes from {filepath} "
+                    "starts a new round at the consensus."
+                )
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self._communicates:
+            self._handle_files(Remove(str(filepath)))
+        elif not self._is_apart:  # there it is the last good one
+            super().remove_checkpoint(filepath)
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether an exception has left this rank with a replica that is not the other workers'."""
+        return self._trainer.interrupted and self.world_size > 1
+
+    def _handle_files(self, wish: Save | Remove) -> None:
+        source = self.worker.ask(Want.FILES, detail=int(isinstance(wish, Remove))).askers[0]  # rank 0, if it is here
+        self._keeper.serve(source, wish, self.checkpoint_io)
+
+    def _serve_files(self, source: int) -> None:
+        self._keeper.serve(source, None, self.checkpoint_io)
+
+    def _setting(self) -> dict[str, Any]:
+        """Return what a resume must have in common with the run that saved, to go on bit for bit."""
+        return {
+            "workers": self.world_size,
+            "bucket_mb": self.mean.bucket_mb,
+            "backend": self._process_group_backend if self.world_size > 1 else None,
+            "period": repr(self.schedule),
+            "outer": str(self.outer),
+            "optimizer_state": str(self._state_rule),
+            "pace": str(self._pace_rule),
+        }
+
+    @contextmanager
+    def _own_part(self) -> Generator[dict[str, Any], None, None]:
+        assert self._fit is not None
+        with self.worker.state() as state:
+            yield {
+                "worker": state,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "fit": self._fit.state(),
+            } | ({"pace": self._pacing.state()} if self._pacing is not None else {})
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        checkpoint, part, error, path = {}, None, None, str(checkpoint_path)
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+            refuse_one_worker(checkpoint, path)
+            if self._exact and self._worker is None:
+                part = read_part(checkpoint, path, self.global_rank, self.world_size, kwargs.get("weights_only"))
+        except Exception as this:
+            error = this
+        self._talk().agree(error)
+        entry = checkpoint.get(KEY, {})
+        self._resumed = entry | {"clock": Clock.new_round(entry["clock"])} if "clock" in entry else {}
+        if self._worker is not None:  # the learning rate finder goes back to where it was
+            self._restart()
+        elif part is not None and all_go_on_from(part, checkpoint, path, self._setting(), self._trainer, self._talk()):
+            checkpoint |= part["fit"]["lightning"] | {"optimizer_states": part["optimizers"]}
+            self._part, self._resumed = part, entry | {"clock": part["worker"]["clock"]}
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self._part is not None:
+            for optimizer, state in zip(self.optimizers, self._part["optimizers"], strict=True):
+                load_as_it_was(optimizer, state)
