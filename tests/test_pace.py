@@ -15,7 +15,18 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, WeightedRandomSampler
 
-from lightning_localsgd import DiLoCo, DriftLimit, EveryEpoch, LocalSGDStrategy, PostLocal, Proportional, Schedule
+from lightning_localsgd import (
+    QSR,
+    CommBudget,
+    DiLoCo,
+    DriftLimit,
+    EveryEpoch,
+    LocalSGDStrategy,
+    PostLocal,
+    Proportional,
+    Schedule,
+    SlowMo,
+)
 from lightning_localsgd.pace import Dealt, counts, in_groups, places
 from tests import reference
 from tests.algorithms import RATES, nesterov
@@ -437,6 +448,9 @@ def test_everything_keeps_its_meaning(tmp_path):
         "DDP first": Plan(QUARTER, period=PostLocal(15, then=4)),
         "gradients, then models in mid-epoch": Plan(QUARTER, period=PostLocal(5, then=4)),
         "reloaded": Plan(QUARTER, options={"reload_dataloaders_every_n_epochs": 1}),
+        "QSR": Plan(QUARTER, period=QSR(0.1, 3)),
+        "CommBudget, measured": Plan("proportional", period=CommBudget(0.3, at_most=6)),
+        "SlowMo": Plan(QUARTER, outer=SlowMo(1.0, 0.4)),
     }
     found = run_plans(2, plans, tmp_path)
     everyone = {
@@ -447,7 +461,7 @@ def test_everything_keeps_its_meaning(tmp_path):
     assert everyone["max_steps"] == [[30, 7], [30, 30]]
     assert everyone["limit"] == [[20, 4], [20, 20]]
     assert everyone["fast dev run"] == [[3, 1], [3, 3]]
-    assert everyone["reloaded"] == [[40, 10], [40, 40]]
+    assert everyone["reloaded"] == everyone["QSR"] == everyone["SlowMo"] == [[40, 10], [40, 40]]
     # While gradients are averaged all take the same steps: in the first epoch, 12, of which 15 are more.
     assert everyone["DDP first"] == [[24, 24], [24, 24]]
     assert everyone["gradients, then models in mid-epoch"] == [[32, 17], [32, 32]]
