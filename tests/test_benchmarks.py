@@ -1,8 +1,20 @@
 """The benchmarks that need no particular machine: they run, and find what the documentation says."""
 
+import math
 import sys
 
+import pytest
+
 from tests.shell import ROOT, ok
+
+
+@pytest.fixture(scope="module")
+def rates():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        import learning_rates
+
+        yield learning_rates
 
 
 def test_the_theory_holds():
@@ -10,3 +22,53 @@ def test_the_theory_holds():
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| a ", "| b ", "| c ", "| d "))]
     assert len(rows) == 9
     assert all(row[-1] == "yes |" for row in rows), printed
+
+
+@pytest.mark.parametrize(
+    ("at", "best", "asked"),
+    [
+        (1.0, 1.0, [1.0, 2.0, 0.5]),
+        (2.0, 2.0, [1.0, 2.0, 4.0]),
+        (8.0, 8.0, [1.0, 2.0, 4.0, 8.0, 16.0]),
+        (0.25, 0.25, [1.0, 2.0, 0.5, 0.25, 0.125]),
+        (1000.0, 16.0, [1.0, 2.0, 4.0, 8.0, 16.0]),  # no further than the limits
+        (0.001, 0.125, [1.0, 2.0, 0.5, 0.25, 0.125]),
+    ],
+)
+def test_the_search_climbs_to_the_best_multiple(rates, at, best, asked):
+    seen = []
+
+    def losses(multiple):
+        seen.append(multiple)
+        return [math.log2(multiple / at) ** 2 + noise for noise in (-0.1, 0.1)]
+
+    assert rates.climb(losses, (1 / 8, 16)) == best
+    assert seen == asked
+
+
+def test_what_diverges_is_not_the_best(rates):
+    assert rates.climb(lambda multiple: [math.inf if multiple > 1 else 1.0, 0.1], (1 / 2, 2)) == 1
+
+
+def test_a_row_says_what_is_best_and_what_is_as_good(rates):
+    scores = {
+        multiple: [rates.Score(loss - 0.01, 10.0), rates.Score(loss + 0.01, 20.0)]
+        for multiple, loss in ((0.5, 0.9), (1.0, 0.52), (2.0, 0.5), (4.0, 0.53), (8.0, 0.51))
+    }
+    assert rates.noise([scores]) == pytest.approx(0.01)  # a standard deviation of 0.0141, and two seeds
+    assert rates.choice(scores, within=0.025) == (2, 1, 2)  # 8 is not next to those that are as good
+    assert rates.choice(scores, within=0.0) == (2, 2, 2)
+    assert rates.cells(scores, within=0.04) == ["2 (1 to 8)", "0.520; 15.00", "0.500; 15.00"]
+    scores[0.25] = [rates.Score(math.inf, math.nan), rates.Score(0.4, 9.0)]
+    assert rates.noise([scores]) == pytest.approx(0.01)
+    assert rates.cells({1.0: scores[0.25], 0.5: scores[0.5]}, within=0.0)[:2] == ["1/2", "diverged"]
+
+
+def test_each_worker_takes_its_part_of_the_steps(rates):
+    settings = rates.settings(quick=False)
+    assert len(settings) == len(set(settings)) == 17
+    assert set(rates.settings(quick=True)) <= set(settings)
+    # Of 1,257 images 4 workers have 315 each, of which 19 whole batches of 16, in each of 8 passes.
+    assert rates.steps_of(1257, rates.Setting(4, 8, "mean"), 16, 8) == 152
+    trial = rates.Trial("digits", rates.Setting(4, 8, "post-local"), 0.1, True, 0, 8)
+    assert rates.strategy(trial).schedule == rates.PostLocal(38, then=8)
