@@ -1,28 +1,31 @@
 """What to do with the learning rate: for N workers and rounds of I steps, with and without an outer optimizer.
 
-    python benchmarks/learning_rates.py [digits] [gpt]
+    python benchmarks/learning_rates.py [digits] [gpt] [--keep FILE]
 
 Two of the examples, made small: `digits` (8 channels, SGD with momentum 0.9) and `gpt` (width 32, pieces of 32, a
-quarter of the text, AdamW). For each setting the same passes over the data are trained with 1 and 2 times the
-learning rate that is best for a single worker, and on by factors of 2 as long as the best is at an edge (1/8 to 16);
-falling to 0 from the start on, and with a linear warm-up in the first tenth of the run. N workers take an N-th of the
-steps, since each keeps its own batch size. Real Lightning runs with `LocalSGDStrategy` in real processes; the score is
-that of the model on which all agree at the end, on held-out data: loss, and errors or bits per character.
+quarter of the text, AdamW). Each setting trains for the same passes over the data with 1 and 2 times a learning rate
+near the best one of a single worker, and on by factors of 2 as long as the best is at an edge (1/16 to 16). The rate
+rises in a line for the first tenth of the run and then falls to 0; some settings are also run without this warm-up.
+N workers take an N-th of the steps, since each keeps its own batch size. Real Lightning runs with `LocalSGDStrategy` in
+real processes; the score is that of the model on which all agree at the end, on held-out data: loss, and errors or bits
+per character.
 
 Rates are chosen, and scored, on the same held-out data: the table is about the choice, not about records. "As good" are
-the rates whose mean over the seeds is within twice the noise of a mean: the median, over all that was run, of the
-standard deviation between seeds, divided by the square root of their number.
+the rates whose mean loss is within twice the noise of a difference: the median, over all that was run, of the standard
+deviation between seeds of the difference to multiple 1, divided by the square root of their number.
 
-Needs: scikit-learn; up to four processes of one thread; about 35 minutes of one core (`--quick`: 2).
+Needs: scikit-learn; up to four processes of one thread; about half an hour of one core (`--quick`: 2 minutes). With
+`--keep` a run that was broken off goes on where it was.
 """
 
 import argparse
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -41,7 +44,7 @@ sys.path.append(str(ROOT))  # for the examples
 from examples.digits import Digits, DigitsData  # noqa: E402
 from examples.gpt import GPT, ReferenceData  # noqa: E402
 
-MULTIPLES = (1 / 8, 16)  # as far as the search goes
+MULTIPLES = (1 / 16, 16)  # as far as the search goes
 WARM_UP = 0.1  # of the steps, where there is one
 POST_LOCAL = 0.25  # of the steps average gradients
 
@@ -92,7 +95,7 @@ class Task(NamedTuple):
     column: str
     batch: int  # of one worker
     epochs: int
-    rate: float  # where the search for the best one of a single worker begins
+    rate: float  # multiple 1: near the best one of a single worker
     seeds: int
     strategy: Mapping[str, Mapping[str, Any]]  # arguments, by method
 
@@ -164,9 +167,9 @@ TASKS = {
         shown=lambda scores, digits: 100 * (scores.argmax(1) != digits).float().mean().item(),
         column="% wrong",
         batch=16,
-        epochs=8,
+        epochs=6,
         rate=0.1,
-        seeds=3,
+        seeds=2,
         strategy={"SlowMo": {"optimizer_state": "reset"}},
     ),
     "gpt": Task(
@@ -178,8 +181,8 @@ TASKS = {
         ),
         column="bits",
         batch=8,
-        epochs=3,
-        rate=0.008,
+        epochs=2,
+        rate=0.016,
         seeds=2,
         strategy={},
     ),
@@ -195,11 +198,16 @@ def settings(quick: bool) -> list[Setting]:
         one,
         *(Setting(n, i, "mean") for n in (2, 4) for i in (1, 8, 32)),
         *(Setting(n, i, "DiLoCo") for n in (1, 2, 4) for i in (8, 32)),
-        *(Setting(4, i, method) for method in ("SlowMo", "post-local") for i in (8, 32)),
+        *(Setting(4, 8, method) for method in ("SlowMo", "post-local")),
     ]
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def also_without_warm_up(setting: Setting) -> bool:
+    """Whether a row is also run without a warm-up: a single worker, and four with rounds of 8 steps."""
+    return setting == Setting(1, 1, "mean") or (setting[:2] == (4, 8) and setting.method in ("mean", "DiLoCo"))
 
 
 def steps_of(samples: int, setting: Setting, batch: int, epochs: int) -> int:
@@ -272,14 +280,17 @@ def climb(losses: Callable[[float], Sequence[float]], limits: tuple[float, float
 
 
 def noise(all_scores: Iterable[Scores]) -> float:
-    """Return the noise of a mean over seeds: 0 with a single seed."""
+    """Return how well the difference of two rates is known: 0 with a single seed.
+
+    What a seed does to all rates alike does not count: it is the differences to multiple 1 whose spread is taken.
+    """
     spreads, seeds = [], 1
     for scores in all_scores:
-        for each in scores.values():
-            losses = [score.loss for score in each]
-            if len(losses) > 1 and all(map(math.isfinite, losses)):
-                spreads.append(stdev(losses))
-                seeds = len(losses)
+        for multiple in scores:
+            differences = [at.loss - one.loss for at, one in zip(scores[multiple], scores[1.0], strict=True)]
+            seeds = len(differences)
+            if multiple != 1 and seeds > 1 and all(map(math.isfinite, differences)):
+                spreads.append(stdev(differences))
     return median(spreads) / math.sqrt(seeds) if spreads else 0.0
 
 
@@ -301,6 +312,8 @@ def number(multiple: float) -> str:
 
 def cells(scores: Scores, within: float) -> list[str]:
     """Return a row's cells for runs with, or without, a warm-up."""
+    if not scores:
+        return 3 * ["-"]
     best, low, high = choice(scores, within)
     as_good = f" ({number(low)} to {number(high)})" if low < high else ""
     return [f"{number(best)}{as_good}", *(_shown(scores[multiple]) for multiple in (1.0, best))]
@@ -320,57 +333,72 @@ def table(task: Task, found: Mapping[tuple[Setting, bool], Scores]) -> str:
     lines.append("|---" * 9 + "|")
     for setting in dict.fromkeys(setting for setting, _ in found):
         method = "alone" if setting == Setting(1, 1, "mean") else setting.method
-        both = [cell for warm_up in (True, False) for cell in cells(found[setting, warm_up], within)]
+        both = [cell for warm_up in (True, False) for cell in cells(found.get((setting, warm_up), {}), within)]
         lines.append("| " + " | ".join([str(setting.workers), str(setting.period), method, *both]) + " |")
     return "\n".join(lines)
 
 
-class Search:
-    """Runs trials in processes that stay, and tells of each."""
+class Kept:
+    """The scores of what has been run, in a file of a line of JSON each, if there is to be one."""
 
-    def __init__(self, name: str, quick: bool, pools: Mapping[int, list[Connection]]) -> None:
-        self.name, self.quick, self.pools = name, quick, pools
-        self.task = TASKS[name]
-        self.found: dict[tuple[Setting, bool], Scores] = {}
-        self.base = self.task.rate
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self._scores = {json.dumps(trial): Score(*score) for trial, score in map(json.loads, lines)}
 
-    def run(self) -> None:
-        """Find the best rate of a single worker, then try multiples of it for all settings."""
-        first, *others = settings(self.quick)
-        best = climb(lambda multiple: self.losses(first, True, multiple), MULTIPLES)
-        self.base *= best
-        self.found = {(first, True): {multiple / best: each for multiple, each in self.found[first, True].items()}}
-        for setting, warm_up in [(first, False), *((other, warm_up) for other in others for warm_up in (True, False))]:
-            limits = (1 / 2, 2) if self.quick else MULTIPLES
-            climb(lambda multiple, at=(setting, warm_up): self.losses(*at, multiple), limits)
+    def get(self, trial: Trial) -> Score | None:
+        return self._scores.get(json.dumps(trial))
 
-    def losses(self, setting: Setting, warm_up: bool, multiple: float) -> list[float]:
-        """Run the seeds of one point."""
-        scores = self.found.setdefault((setting, warm_up), {}).setdefault(multiple, [])
-        for seed in range(1 if self.quick else self.task.seeds):
-            epochs = 2 if self.quick else self.task.epochs
-            start = time.perf_counter()
-            trial = Trial(self.name, setting, multiple * self.base, warm_up, seed, epochs)
-            scores.append(ask(self.pools[setting.workers], trial)[0])
-            seconds = time.perf_counter() - start
-            print(*trial, multiple, *scores[-1], f"{seconds:.1f} s", file=sys.stderr, flush=True)
-        return [score.loss for score in scores]
+    def add(self, trial: Trial, score: Score) -> None:
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps([trial, score]) + "\n")
+
+
+def search(name: str, quick: bool, run: Callable[[Trial], Score]) -> dict[tuple[Setting, bool], Scores]:
+    """Run all settings of a task, first with a warm-up and then some without."""
+    task, found = TASKS[name], dict[tuple[Setting, bool], Scores]()
+    epochs, seeds = (1, 1) if quick else (task.epochs, task.seeds)
+
+    def losses(setting: Setting, warm_up: bool, multiple: float) -> list[float]:
+        trials = [Trial(name, setting, multiple * task.rate, warm_up, seed, epochs) for seed in range(seeds)]
+        found[setting, warm_up][multiple] = [run(trial) for trial in trials]
+        return [score.loss for score in found[setting, warm_up][multiple]]
+
+    rows = settings(quick)
+    for row in [*((row, True) for row in rows), *((row, False) for row in rows if also_without_warm_up(row))]:
+        found[row] = {}
+        climb(partial(losses, *row), (1 / 2, 2) if quick else MULTIPLES)
+    return found
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="which; by default all")
-    options.add_argument("--quick", action="store_true", help="three settings, one seed, two passes")
+    options.add_argument("--quick", action="store_true", help="three settings, one seed, one pass")
+    options.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write each run's score here; what is there is not run"
+    )
     args = options.parse_args()
-    sizes = {setting.workers for setting in settings(args.quick)}
+    kept = Kept(args.keep)
     with ExitStack() as stack:
+        sizes = {setting.workers for setting in settings(args.quick)}
         pools = {size: stack.enter_context(workers(size, work)) for size in sizes}
+
+        def run(trial: Trial) -> Score:
+            score = kept.get(trial)
+            if score is None:
+                start = time.perf_counter()
+                score = ask(pools[trial.setting.workers], trial)[0]
+                kept.add(trial, score)
+                print(*trial, *score, f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+            return score
+
         for name in args.tasks or TASKS:
-            search = Search(name, args.quick, pools)
-            search.run()
-            print(f"\n{name}: a single worker's best rate is {search.base:g}, ", end="")
-            print(f"the noise of a mean {noise(search.found.values()):.2g}. Left with warm-up, right without.\n")
-            print(table(search.task, search.found), flush=True)
+            found = search(name, args.quick, run)
+            print(f"\n{name}: multiple 1 is a rate of {TASKS[name].rate:g}, the noise of a difference", end=" ")
+            print(f"{noise(found.values()):.2g}. On the left with a warm-up, on the right without.\n")
+            print(table(TASKS[name], found), flush=True)
         for pipe in [pipe for pool in pools.values() for pipe in pool]:
             pipe.send(None)
 

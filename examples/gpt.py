@@ -105,7 +105,7 @@ class GPT(LightningModule):
         layers: int = 2,
         heads: int = 4,
         context: int = 128,
-        lr: float = 0.004,
+        lr: float = 0.008,
         weight_decay: float = 0.1,
     ) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class GPT(LightningModule):
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--workers", type=int, default=2, help="processes")
-    options.add_argument("--period", type=int, default=16, help="steps between two outer steps")
+    options.add_argument("--period", type=int, default=32, help="steps between two outer steps")
     options.add_argument("--epochs", type=int, default=10, help="times that the text is gone through")
     options.add_argument("--width", type=int, default=96, help="of the model")
     options.add_argument("--at-most", type=float, default=2.3, help="bits per character; with more it fails")
