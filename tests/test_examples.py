@@ -65,10 +65,10 @@ def test_each_held_out_image_counts_once(data, workers, kind):
 
 
 def test_two_workers_begin_to_learn_english(tmp_path):
-    small = ["--epochs=2", "--width=32", "--period=32", "--at-most=4.6"]
+    small = ["--epochs=2", "--width=32", "--period=32", "--at-most=4.4"]
     printed = ok(sys.executable, ROOT / "examples" / "gpt.py", *small, cwd=tmp_path)
     found = re.fullmatch(r"held-out text: (\d\.\d{3}) bits per character on (\d+) characters", printed.splitlines()[-1])
-    assert float(found[1]) < 4.6  # 4.7 is what the frequencies of the characters give
+    assert float(found[1]) < 4.4  # 4.7 is what the frequencies of the characters give
     assert int(found[2]) == len(text().test) * 128
     assert "Starting with 2 processes" in printed
     assert not list(tmp_path.iterdir())
