@@ -15,9 +15,11 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.header import Header
 from lightning_localsgd.progress import Need
+from lightning_localsgd.schedule import Length
 
 _KEPT = 5  # rounds whose median speed counts
 _EQUAL = 0.1  # speeds that differ by less count as equal
+_EARLY = 0.2  # of a step, by which a worker may be late that is given it in a round
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Proportional:
     Args:
         speeds: of each rank, in steps per unit of time, in any unit; numbers above 0. Without, they are measured: equal
             in the first epoch, then the median of each worker's last 5 rounds, where differences under 10 % count as
-            equal. They change only between epochs, since loaders fetch ahead.
+            equal, and cut to whole steps in a round, so that nobody waits for a slow worker's last one. They change
+            only between epochs, since loaders fetch ahead.
         average: ``"uniform"``, x̄ = 1/N Σ x_i; ``"steps"``, weighted by the steps of each worker, a + Σ I_i (x_i - a)
             / Σ I_j from the anchor a; ``"fednova"``, each worker's movement counted per step, a + (Σ I_j / N) 1/N Σ
             (x_i - a) / I_i. The last two keep a copy of the model.
@@ -106,6 +109,7 @@ class Pace:
         self._rank, self._workers = rank, workers
         self._seconds = [deque[float](maxlen=_KEPT) for _ in range(workers)]  # per step, of each worker's last rounds
         self.shares = self._equal()  # of the data of this epoch, of each worker; their largest is 1
+        self._heeded: tuple[float, ...] = self.shares  # the measured speeds that they follow
         self._base = 0  # the fastest worker's step at which this epoch began, or was taken up in its midst ...
         self._offset = 0  # ... and the batches that it had then had, by Lightning's count
         self._taken = 0  # steps that this worker has taken since
@@ -120,8 +124,13 @@ class Pace:
 
     # -------------------------------------------------------------------------------------------------------- an epoch
 
-    def share_out(self, averages_models: bool) -> None:
-        """Settle the shares of an epoch that is about to begin; equal ones while gradients are averaged."""
+    def share_out(self, averages_models: bool, length: Length | None) -> None:
+        """Settle the shares of an epoch that is about to begin.
+
+        Args:
+            averages_models: otherwise gradients are, and shares are equal.
+            length: of the round, if it is known.
+        """
         before, speeds = self.shares, self._speeds()
         if not averages_models or speeds is None:
             self.shares = self._equal()
@@ -129,8 +138,9 @@ class Pace:
             self.shares = speeds
         else:
             now = in_groups(speeds)
-            if any(abs(new / old - 1) >= _EQUAL for new, old in zip(now, before, strict=True)):
-                self.shares = now
+            if any(abs(new / old - 1) >= _EQUAL for new, old in zip(now, self._heeded, strict=True)):
+                self._heeded = now
+            self.shares = whole_steps(self._heeded, length) if isinstance(length, int) else self._heeded
         if self.shares != before:
             words = ", ".join(f"{share:.2f}" for share in self.shares)
             rank_zero_info(f"From this epoch on the ranks 0, 1, ... take steps in proportion to {words}.")
@@ -240,6 +250,7 @@ class Pace:
         return {
             "shares": list(self.shares),
             "seconds": [list(kept) for kept in self._seconds],
+            "heeded": list(self._heeded),
             "base": self._base,
             "offset": self._offset,
             "batches": self.position(step),
@@ -248,7 +259,7 @@ class Pace:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, if there are as many workers."""
         if len(state["shares"]) == self._workers:
-            self.shares = tuple(state["shares"])
+            self.shares, self._heeded = tuple(state["shares"]), tuple(state["heeded"])
             self._seconds = [deque(kept, maxlen=_KEPT) for kept in state["seconds"]]
         self._base, self._offset, self.resumed = int(state["base"]), int(state["offset"]), int(state["batches"])
 
@@ -288,6 +299,24 @@ def in_groups(speeds: Sequence[float]) -> tuple[float, ...]:
         if place is not None:
             group.append(place)
     return tuple(speed / max(found) for speed in found)
+
+
+def whole_steps(speeds: Sequence[float], length: int) -> tuple[float, ...]:
+    """Return the speeds cut to whole steps in a round, relative to the largest.
+
+    A step more would let all others wait for nearly a whole one of a slow worker; who has none in a round keeps its
+    speed, and has one in some.
+
+    Args:
+        speeds: relative to the largest.
+        length: of the round, in the fastest worker's steps.
+
+    Example:
+        >>> whole_steps([1.0, 0.3, 0.24, 0.1], 8)
+        (1.0, 0.25, 0.25, 0.1)
+    """
+    steps = [math.floor(length * speed + _EARLY) for speed in speeds]
+    return tuple(count / length if count else speed for count, speed in zip(steps, speeds, strict=True))
 
 
 def counts(samples: int, shares: Sequence[float], at_least: int = 0) -> list[int]:

@@ -205,7 +205,8 @@ class LocalSGD(Keeps):
         if self._pace is not None and self._trainer.training:
             if not self._running and self._part is None:
                 clock = Clock(self.schedule, self.world_size, self._resumed.get("clock"))
-                self._pace.share_out(clock.will_average_models(self.worker.measured if self._worker else None))
+                averages_models = clock.will_average_models(self.worker.measured if self._worker else None)
+                self._pace.share_out(averages_models, clock.length)
             self._pace.deal(dataloader, self._talk(), self._undo)
         return dataloader
 

@@ -27,7 +27,7 @@ from lightning_localsgd import (
     Schedule,
     SlowMo,
 )
-from lightning_localsgd.pace import Dealt, counts, in_groups, places
+from lightning_localsgd.pace import Dealt, counts, in_groups, places, whole_steps
 from tests import reference
 from tests.algorithms import RATES, nesterov
 from tests.models import Regression, batch, loader, network, optimizer, rank, same, state_of, trainer
@@ -117,6 +117,13 @@ def test_speeds_that_differ_by_less_than_a_tenth_count_as_equal():
     assert in_groups([1.0, 0.95, 0.91]) == (1.0, 1.0, 1.0)
     assert in_groups([0.5, 0.89, 1.0]) == (0.5, 0.89, 1.0)
     assert in_groups([2.0]) == (1.0,)
+
+
+def test_measured_speeds_are_cut_to_whole_steps_in_a_round():
+    assert whole_steps([1.0, 0.5, 0.24], 8) == (1.0, 0.5, 0.25)  # 1.92 steps: hardly late with 2
+    assert whole_steps([1.0, 0.36], 8) == (1.0, 0.25)
+    assert whole_steps([0.05, 1.0], 8) == (0.05, 1.0)
+    assert whole_steps([1.0, 0.33], 100) == (1.0, 0.33)
 
 
 # ------------------------------------------------------------------------------------------- against the reference

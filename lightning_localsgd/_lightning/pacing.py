@@ -92,7 +92,8 @@ class Pacing:
             offset = progress.current.ready if self._pace.resumed is None else self._pace.resumed
             self._level_batches(offset)
         if not first or taken_up:
-            self._pace.share_out(self._worker.clock.averages_models)
+            clock = self._worker.clock
+            self._pace.share_out(clock.averages_models, clock.length)
             self._count_batches()
         self._pace.begin_epoch(step, offset)
         self._looked = offset
