@@ -117,6 +117,7 @@ class Pace:
         self._accumulate = 1  # batches in a step
         self._own = self._fastest = 1  # steps of this worker, and of the fastest, in the rest of this epoch
         self._last_step = math.inf  # of the run
+        self.furthest = 0  # the fastest worker's step at the end of the last epoch
         self.resumed: int | None = None  # batches of the epoch that the fastest had had in the run that is resumed
 
     def _equal(self) -> tuple[float, ...]:
@@ -312,8 +313,8 @@ def whole_steps(speeds: Sequence[float], length: int) -> tuple[float, ...]:
         length: of the round, in the fastest worker's steps.
 
     Example:
-        >>> whole_steps([1.0, 0.3, 0.24, 0.1], 8)
-        (1.0, 0.25, 0.25, 0.1)
+        >>> whole_steps([1.0, 0.3, 0.24, 0.05], 8)
+        (1.0, 0.25, 0.25, 0.05)
     """
     steps = [math.floor(length * speed + _EARLY) for speed in speeds]
     return tuple(count / length if count else speed for count, speed in zip(steps, speeds, strict=True))

@@ -167,6 +167,7 @@ class LocalSGD(Keeps):
         self._fit: Fit | None = None  # follows it, where checkpoints are exact
         self._pace: Pace | None = None  # of this worker, where the paces differ
         self._pacing: _lightning.Pacing | None = None  # leads Lightning's loops by it
+        self._is_set_up = False  # for a fit
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
         self._resumed: dict[str, Any] = {}  # our entry in the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
@@ -221,6 +222,12 @@ class LocalSGD(Keeps):
                     f"The module must not contain SyncBatchNorm with `LocalSGDStrategy`, got one as {name!r}."
                 )
         Replica(self.lightning_module).lines()  # raises if there is a tensor that has no mean
+        # Before the optimizers are made: whoever asks `estimated_stepping_batches` there makes the loaders, too.
+        self._undo.enter_context(_lightning.attach(trainer, self))
+        if self._exact:
+            self._fit = Fit(trainer, self.root_device, self._part["fit"] if self._part else None)
+            self._undo.callback(self._fit.leave)
+        _lightning.tell_of_loaders(trainer, self)
         super().setup(trainer)  # calls `configure_ddp`, then makes the optimizers
         for average in self._averages:
             average.copy(self.lightning_module)
@@ -245,10 +252,7 @@ class LocalSGD(Keeps):
             self._pacing = _lightning.Pacing(trainer, self._pace, self.worker, self._undo)
             if self._part is not None:
                 self._pacing.load_state(self._part["pace"])
-        self._undo.enter_context(_lightning.attach(trainer, self))
-        if self._exact:
-            self._fit = Fit(trainer, self.root_device, self._part["fit"] if self._part else None)
-            self._undo.callback(self._fit.leave)
+        self._is_set_up = True
         self._undo.callback(MetricSync(self._gather_metric).attach(self.lightning_module))
         for optimizer in self.optimizers:  # so that also a step past Lightning's optimizers counts
             self._undo.callback(optimizer.register_step_post_hook(self._note_step).remove)
@@ -312,7 +316,7 @@ class LocalSGD(Keeps):
         if self._worker is not None:
             self._worker.landing.rest()
             self._last = self._worker
-        self._worker, self._fit, self._running = None, None, False
+        self._worker, self._fit, self._running, self._is_set_up = None, None, False, False
         self._pace, self._pacing = None, None
         self._resumed, self._part, self._averages = {}, None, []
         if isinstance(self.model, DistributedDataParallel):
@@ -447,8 +451,8 @@ class LocalSGD(Keeps):
     # What `_lightning.attach` calls at places that a strategy has no hook for.
 
     def has_loaders(self) -> None:
-        if self._pacing is not None:
-            self._pacing.has_loaders()
+        if self._pace is not None:
+            _lightning.require_one_loader(self._trainer)
         if self._fit is not None:
             self._fit.follow()
 
@@ -464,6 +468,8 @@ class LocalSGD(Keeps):
             self._require_no_lbfgs()
         if self._pacing is not None:
             self._pacing.starts_epoch(decision.step, goes_on, taken_up)
+            if "steps_left" in self.schedule.needs:  # which depend on the shares of this epoch
+                self._expected_steps = decision.step + _lightning.steps_left(self._trainer)
         if decision.want is Want.OVER:
             rank_zero_warn(
                 f"Some ranks have ended their fit at step {decision.step} while rank {decision.askers[0]} would go on "
@@ -537,7 +543,7 @@ class LocalSGD(Keeps):
             self._pacing.follow()
 
     def ends_untrained(self) -> None:
-        if self._part is not None:  # own replicas, which no round will end
+        if self._part is not None and self._is_set_up and not self._running:  # own replicas, which no round will end
             self.ends_fit()
             self.worker.leave()
 

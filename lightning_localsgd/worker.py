@@ -134,8 +134,11 @@ class Worker:
         """Return what a checkpoint keeps that is equal on all workers; with the anchor if ``whole``."""
         landing = self.landing.state_dict(whole)
         measured = {"measured": self.measured.state_dict()} if self.measured.needs else {}
-        pace = {"paces": self.pace.state_dict(self.clock.step)} if self.pace is not None else {}
-        return {"clock": self.clock.state_dict()} | measured | pace | ({"landing": landing} if landing else {})
+        clock, pace = self.clock.state_dict(), {}
+        if self.pace is not None:  # a new round starts where the fastest is, as far as is known
+            step = max(self.clock.step, self.pace.furthest)
+            clock["taken"], pace = step - self.clock.start, {"paces": self.pace.state_dict(step)}
+        return {"clock": clock} | measured | pace | ({"landing": landing} if landing else {})
 
     @contextmanager
     def state(self) -> Generator[dict[str, Any], None, None]:

@@ -114,5 +114,5 @@ def test_when_a_mean_is_taken(messages, takes_mean):
 
 def test_one_worker_decides_for_itself():
     assert Header(0, 1).exchange(Message(Want.ROUND, stepped=1, step=3)) == Decision(
-        Want.ROUND, (0,), 1, 0, (1,), 3, 0, bad=(0,), loss_scales=(0,), reports=(Report(),)
+        Want.ROUND, (0,), 1, 0, (1,), 3, 0, bad=(0,), loss_scales=(0,), steps=(3,), reports=(Report(),)
     )

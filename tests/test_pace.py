@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, WeightedRandomSampler
 
 from lightning_localsgd import (
@@ -121,7 +121,7 @@ def test_speeds_that_differ_by_less_than_a_tenth_count_as_equal():
 
 def test_measured_speeds_are_cut_to_whole_steps_in_a_round():
     assert whole_steps([1.0, 0.5, 0.24], 8) == (1.0, 0.5, 0.25)  # 1.92 steps: hardly late with 2
-    assert whole_steps([1.0, 0.36], 8) == (1.0, 0.25)
+    assert whole_steps([1.0, 0.34], 8) == (1.0, 0.25)  # 2.72 steps: the third would be late
     assert whole_steps([0.05, 1.0], 8) == (0.05, 1.0)
     assert whole_steps([1.0, 0.33], 100) == (1.0, 0.33)
 
@@ -161,7 +161,10 @@ class Setting:
     samples: int = 170
     epochs: int = 3
     options: dict[str, Any] = field(default_factory=dict)
-    accumulate: int = 1
+    falls: bool = True  # the learning rate, which is put level at the ends of epochs too, also within a round
+
+    def rate(self, t):
+        return falling(t) if self.falls else 1.0
 
 
 SETTINGS = {
@@ -169,14 +172,14 @@ SETTINGS = {
     "the first is slowest": Setting(speeds={1: (3,), 2: (0.2, 1), 4: (0.25, 1, 1, 1)}),
     "equal": Setting(speeds={1: (1,), 2: (2, 2), 4: (1, 1, 1, 1)}, samples=160),
     "EveryEpoch": Setting(period=EveryEpoch(), length=None, epochs=5),
-    "longer than an epoch": Setting(period=30, length=30, samples=100, epochs=12),
+    "longer than an epoch": Setting(period=30, length=30, samples=100, epochs=12, falls=False),
     "by steps": Setting(average="steps"),
     "FedNova": Setting(average="fednova"),
     "DiLoCo": Setting(outer=DiLoCo(), begin=nesterov(), optimizer="adamw"),
     "DiLoCo by steps": Setting(outer=DiLoCo(), begin=nesterov(), average="steps"),
     "average state": Setting(optimizer_state="average", speeds={1: (1,), 2: (1, 0.3), 4: (1, 0.9, 0.5, 0.4)}),
     "up to max_steps": Setting(options={"max_epochs": -1, "max_steps": 38}),
-    "fewer batches than there are": Setting(options={"limit_train_batches": 10}, epochs=4),
+    "fewer batches than there are": Setting(options={"limit_train_batches": 10}, epochs=4, falls=False),
 }
 
 
@@ -194,7 +197,7 @@ class Model(Regression):
 
     def configure_optimizers(self):
         made = optimizer(self.name, self.parameters())
-        scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: falling(step + 1))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: self.setting.rate(step + 1))
         return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -298,7 +301,7 @@ def test_equals_the_serial_reference_after_every_round(workers):
             lambda x_i, setting=setting: optimizer(setting.optimizer, x_i.parameters()),
             loss,
             setting.begin,
-            gamma=lambda t, setting=setting: RATES[setting.optimizer] * falling(t),
+            gamma=lambda t, setting=setting: RATES[setting.optimizer] * setting.rate(t),
             weigh=setting.average,
             state=setting.optimizer_state,
         )
@@ -317,7 +320,7 @@ def test_equals_the_serial_reference_after_every_round(workers):
         for i, (_, _, rates, *_) in enumerate(found):
             t, k = 0, 0
             for I_s in rounds:
-                expected = [RATES[setting.optimizer] * falling(t + 1 + j) for j in range(I_s[i])]
+                expected = [RATES[setting.optimizer] * setting.rate(t + 1 + j) for j in range(I_s[i])]
                 assert rates[k : k + I_s[i]] == pytest.approx(expected), name
                 t, k = t + max(I_s), k + I_s[i]
 
@@ -339,6 +342,7 @@ class Plan:
     resume: Any = None
     saves_at: int = 0  # rank 0's batch after which it saves
     exact: bool = False
+    stops: bool = False  # by EarlyStopping
 
 
 class Watched(Model):
@@ -376,6 +380,8 @@ def go(workers, plan, folder=None):
     callbacks = [rounds]
     if plan.checkpoint:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **plan.checkpoint))
+    if plan.stops:
+        callbacks.append(EarlyStopping("val_loss", patience=2, min_delta=100.0))
     if plan.saves_at:
         callbacks.append(Saves(plan.saves_at, f"{folder}/saved.ckpt"))
     strategy = LocalSGDStrategy(
@@ -452,6 +458,8 @@ def test_everything_keeps_its_meaning(tmp_path):
         "checkpoint": Plan(QUARTER, checkpoint={"every_n_train_steps": 6}),
         "limit": Plan(QUARTER, options={"limit_train_batches": 0.5}),
         "fast dev run": Plan(QUARTER, options={"fast_dev_run": 3}),
+        "uneven": Plan(QUARTER, period=PostLocal(5, then=4), samples=97),
+        "stopped early": Plan(QUARTER, options={"val_check_interval": 4, "max_epochs": 3}, stops=True),
         "DDP first": Plan(QUARTER, period=PostLocal(15, then=4)),
         "gradients, then models in mid-epoch": Plan(QUARTER, period=PostLocal(5, then=4)),
         "reloaded": Plan(QUARTER, options={"reload_dataloaders_every_n_epochs": 1}),
@@ -476,6 +484,9 @@ def test_everything_keeps_its_meaning(tmp_path):
         for epoch in (0, 1):
             had = [index for one in found[name] for index in one["epochs"][epoch]]
             assert sorted(had) == list(range(96)), name
+    # 49 samples and 48: 12 batches each, since the thirteenth would be one worker's alone.
+    assert [len(one["epochs"][0]) for one in found["uneven"]] == [48, 48]
+    assert [one["validated"] for one in found["stopped early"]] == [[(4, 4), (8, 8), (12, 12)]] * 2
     # Validation is where a round ends, all are there and all hold the same model.
     validated = {name: [one["validated"] for one in ranks] for name, ranks in found.items() if "val" in name}
     assert validated["val"] == [[(step, step) for step in (8, 12, 16, 20, 28, 32, 36, 40)]] * 2
@@ -496,11 +507,13 @@ def test_a_run_goes_on_where_the_fastest_was(tmp_path):
     plans = {
         "slow": Plan(Proportional((0.25, 1)), saves_at=2),
         "fast": Plan(QUARTER, saves_at=10),
-        "end": Plan(Proportional((0.25, 1)), checkpoint={"every_n_epochs": 1, "save_on_train_epoch_end": True}),
+        "end": Plan(
+            Proportional((0.25, 1)), period=12, checkpoint={"every_n_epochs": 1, "save_on_train_epoch_end": True}
+        ),  # in the midst of a round
     }
     run_plans(2, plans, tmp_path)
     resumed = {
-        name: Plan(plan.pace, resume=f"{tmp_path}/{name}/{'step=20' if name == 'end' else 'saved'}.ckpt")
+        name: Plan(plan.pace, plan.period, resume=f"{tmp_path}/{name}/{'step=20' if name == 'end' else 'saved'}.ckpt")
         for name, plan in plans.items()
     }
     found = run_plans(2, resumed)

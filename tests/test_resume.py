@@ -1,10 +1,12 @@
 """A run that goes on from an exact checkpoint is, bit for bit, the run that was not stopped."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_localsgd import (
     QSR,
@@ -22,7 +24,7 @@ from lightning_localsgd import (
     Stages,
 )
 from lightning_localsgd.place import Follower, random_state, set_random_state
-from tests.resume import Case, go_on, run
+from tests.resume import Case, go_on, later, run
 from tests.workers import run_workers
 
 # Lightning's and the callbacks' words on resuming are recorded by `go_on`, and looked at.
@@ -290,3 +292,40 @@ def test_the_parts_are_where_their_main_file_says(tmp_path):
     entry = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["lightning_localsgd"]
     parts = sorted((Path(entry["folder"]) / entry["id"]).iterdir())
     assert [part.name for part in parts] == ["00000.pt", "00001.pt"]
+
+
+class Asks(Callback):
+    """Has the loaders made where the optimizers are, as a schedule of learning rates over the whole run does."""
+
+    def __init__(self, hook):
+        self.hook = hook
+
+    def setup(self, trainer, pl_module, stage):
+        if self.hook == "setup":
+            self.steps = trainer.estimated_stepping_batches
+        else:
+            make = pl_module.configure_optimizers
+
+            def configure_optimizers():
+                self.steps = trainer.estimated_stepping_batches
+                return make()
+
+            pl_module.configure_optimizers = configure_optimizers
+
+
+def asks_for_the_number_of_steps(folder):
+    case, saver = Case(options=DEALT), {"every_n_train_steps": 5}
+    whole = {}
+    for hook in ("setup", "configure_optimizers"):
+        digests, end, _ = run(case, f"{folder}/{hook}", saver, callbacks=[Asks(hook)])
+        path = next(Path(folder, hook).glob("step=10*"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            resumed, its_end, _ = run(case, f"{folder}/{hook}", saver, str(path), [Asks(hook)])
+        whole[hook] = later(digests, 11) == resumed and end == its_end
+    return whole
+
+
+def test_it_goes_on_exactly_where_loaders_were_made_before_the_fit(tmp_path):
+    for found in run_workers(asks_for_the_number_of_steps, 2, tmp_path):
+        assert found == {"setup": True, "configure_optimizers": True}

@@ -12,9 +12,11 @@ from lightning_localsgd._lightning.loops import act_on as act_on
 from lightning_localsgd._lightning.loops import after_saves as after_saves
 from lightning_localsgd._lightning.loops import attach as attach
 from lightning_localsgd._lightning.loops import end_with as end_with
+from lightning_localsgd._lightning.loops import tell_of_loaders as tell_of_loaders
 from lightning_localsgd._lightning.loops import validate_now as validate_now
 from lightning_localsgd._lightning.loops import with_default_io as with_default_io
 from lightning_localsgd._lightning.pacing import Pacing as Pacing
+from lightning_localsgd._lightning.pacing import require_one_loader as require_one_loader
 from lightning_localsgd._lightning.stages import Stage as Stage
 from lightning_localsgd._lightning.stages import accumulates as accumulates
 from lightning_localsgd._lightning.stages import fetched as fetched

@@ -140,7 +140,7 @@ def attach(trainer: Trainer, hooks: Hooks) -> ExitStack:
             here = loop.max_batches > 0
             if hooks.has_data_somewhere(here) and not here:
                 loop.max_batches = float("inf")  # epochs without a batch, in step with the others, not no epochs
-        if before is None and loop.skip:
+        if loop.skip:
             hooks.ends_untrained()
 
     def on_sigterm(signum: int, _: FrameType | None) -> None:
@@ -170,12 +170,21 @@ def attach(trainer: Trainer, hooks: Hooks) -> ExitStack:
     return undo
 
 
+def tell_of_loaders(trainer: Trainer, hooks: Hooks) -> None:
+    """Say that the training loaders are known, where a hook before had them made."""
+    if trainer.fit_loop._combined_loader is not None:
+        hooks.has_loaders()
+        iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
 def validate_now(trainer: Trainer) -> None:
     """Run the validation loop at the end of an epoch, as `_TrainingEpochLoop.on_advance_end` does."""
     trainer.validating = True
     trainer.lightning_module.on_validation_model_zero_grad()
+    first = trainer._logger_connector._first_loop_iter
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
+    trainer._logger_connector._first_loop_iter = first  # else the metrics of this epoch would begin anew
 
 
 def act_on(trainer: Trainer, signals: int) -> None:

@@ -19,6 +19,17 @@ from lightning_localsgd.pace import Dealt, Pace
 from lightning_localsgd.worker import Worker
 
 
+def require_one_loader(trainer: Trainer) -> None:
+    """See that there is one training loader.
+
+    Raises:
+        ValueError: if there are more.
+    """
+    found = loaders(trainer)
+    if len(found) != 1:
+        raise ValueError(f"`pace` must be 'equal' with more than one training loader, got {len(found)}.")
+
+
 class Pacing:
     """Leads the loops of one trainer by the clock.
 
@@ -38,8 +49,10 @@ class Pacing:
         self._before: int | None = None  # what Lightning's count of steps is ahead of our clock
         self._scheduled = worker.clock.step  # up to which step Lightning's counts have been led
         self._looked = 0  # how many batches of this epoch had been when validation was considered last
+        self._validated = -1  # where it was due last
         self._is_first = True  # no epoch has begun in this fit
         self._undo = undo
+        self._seen: dict[int, int] = {}  # by callback: where the round began at whose end it was asked last
         self._savers: list[Callable[..., None]] = []  # checkpoint callbacks, at the ends of rounds
         self._require_led()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -66,16 +79,6 @@ class Pacing:
 
     # -------------------------------------------------------------------------------------------------------- an epoch
 
-    def has_loaders(self) -> None:
-        """See that there is one training loader.
-
-        Raises:
-            ValueError: if there are more.
-        """
-        found = loaders(self._trainer)
-        if len(found) != 1:
-            raise ValueError(f"`pace` must be 'equal' with more than one training loader, got {len(found)}.")
-
     def starts_epoch(self, step: int, goes_on: bool, taken_up: bool) -> None:
         """An epoch begins, before its iterator is made.
 
@@ -96,7 +99,7 @@ class Pacing:
             self._pace.share_out(clock.averages_models, clock.length)
             self._count_batches()
         self._pace.begin_epoch(step, offset)
-        self._looked = offset
+        self._looked, self._validated = offset, -1
 
     def _level_batches(self, count: int) -> None:
         """Let Lightning's count of the batches of this epoch be the fastest worker's."""
@@ -112,7 +115,11 @@ class Pacing:
         combined = loop._combined_loader
         length, limit = len(combined.flattened[0]), trainer.limit_train_batches
         combined.limits = [min(length, limit) if isinstance(limit, int) else int(length * limit)]
-        loop.max_batches = combined.limits[0]
+        self._set_batches(combined.limits[0])
+
+    def _set_batches(self, count: int) -> None:
+        loop, trainer = self._loop, self._trainer
+        loop.max_batches = count
         if isinstance(trainer.val_check_interval, float):
             trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
 
@@ -123,9 +130,13 @@ class Pacing:
             self._before = trainer.global_step - self._scheduled
         sampler = loaders(trainer)[0].sampler
         assert isinstance(sampler, Dealt)
+        batches = sampler.batches()
+        if not self._worker.clock.averages_models:  # all must have the same number; the sampler does not pad
+            batches = [min(batches)] * len(batches)
+            self._set_batches(min(int(loop.max_batches), batches[0]))
         last_step = trainer.max_steps - self._before if trainer.max_steps >= 0 else float("inf")
         self._length = self._pace.begin_batches(
-            sampler.batches(), int(loop.max_batches), trainer.accumulate_grad_batches, last_step
+            batches, int(loop.max_batches), trainer.accumulate_grad_batches, last_step
         )
 
     def before_batch(self) -> None:
@@ -136,6 +147,8 @@ class Pacing:
         """
         self._loop._data_fetcher.length = self._length  # of this worker; its loader's is that of the fastest
         worker = self._worker
+        if worker.clock.averages_models and self.checks_validation():  # it was, when a checkpoint was saved
+            validate_now(self._trainer)
         while worker.clock.averages_models and worker.is_idle():
             decision = worker.ask(Want.ROUND)
             self.follow()
@@ -150,11 +163,11 @@ class Pacing:
 
     def ends_epoch(self, step: int) -> None:
         """All workers' data have ended, at this step of the fastest one."""
-        self.follow()
+        self._pace.furthest = step
+        self.follow(step)  # also in the midst of a round: what comes now is done by all workers alike
         if self._validation_is_due(step):
             self._worker.validation_is_due = True
         self._level_batches(max(self._pace.position(step), self._current.ready))
-        self._count_steps(step)  # also in the midst of a round: what follows is done by all workers alike
 
     @property
     def _current(self) -> Any:
@@ -162,10 +175,16 @@ class Pacing:
 
     # ------------------------------------------------------------------------------------------------------ after steps
 
-    def follow(self) -> None:
-        """Put Lightning's count of steps, and the learning rates that step with it, level with the clock."""
-        trainer, step = self._trainer, self._worker.clock.step
-        self._count_steps(step)
+    def follow(self, step: int = 0) -> None:
+        """Put Lightning's count of steps, and the learning rates that step with it, level with the clock.
+
+        Args:
+            step: where they are to be at least.
+        """
+        trainer, step = self._trainer, max(step, self._worker.clock.step, self._scheduled)
+        if self._before is not None:  # else nothing has been trained
+            counts = self._loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+            counts.ready = counts.completed = self._before + step
         call = of(trainer, "trainer.call")
         with warnings.catch_warnings():  # a worker that has had no step yet follows the learning rate too
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
@@ -174,11 +193,6 @@ class Pacing:
                     if config.interval == "step":
                         call._call_lightning_module_hook(trainer, "lr_scheduler_step", config.scheduler, None)
         self._scheduled = step
-
-    def _count_steps(self, step: int) -> None:
-        if self._before is not None:  # else nothing has been trained
-            counts = self._loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-            counts.ready = counts.completed = self._before + step
 
     def steps_schedulers(self, step: Callable[[], None], interval: str, plateau: bool) -> None:
         """In place of Lightning's step of the learning rates, which ``step`` is."""
@@ -200,22 +214,27 @@ class Pacing:
         before, now = self._looked, self._pace.position(step)
         self._looked = max(now, before)
         if trainer.should_stop and self._loop._can_stop_early:
-            return True
+            due = now != self._validated
+            self._validated = now
+            return due
         every, earlier = trainer.val_check_batch, 0
         if trainer.check_val_every_n_epoch is None:
             earlier = self._loop.epoch_loop.batch_progress.total.ready - self._current.ready
-        return bool((earlier + now) // every > (earlier + before) // every)
+        due = bool((earlier + now) // every > (earlier + before) // every)
+        self._validated = now if due else self._validated
+        return due
 
     def _lead_checkpoint(self, callback: Any) -> None:
         """Let a `ModelCheckpoint` save by steps at the ends of rounds only: at the first that reaches its step."""
-        seen = self._worker.clock.start
+        self._seen[id(callback)] = self._worker.clock.start
 
         def on_train_batch_end(trainer: Any, *args: Any) -> None:
-            nonlocal seen
-            clock, every = self._worker.clock, callback._every_n_train_steps
+            clock, every, seen = self._worker.clock, callback._every_n_train_steps, self._seen[id(callback)]
             if clock.taken or clock.start == seen or self._before is None:
                 return
-            now, before, seen = self._before + clock.start, self._before + seen, clock.start
+            if callback not in trainer.callbacks:  # the tuner takes all out for a while
+                return
+            now, before, self._seen[id(callback)] = self._before + clock.start, self._before + seen, clock.start
             by_steps = every > 0
             if by_steps and now // every == before // every:
                 return
@@ -243,3 +262,4 @@ class Pacing:
     def restart(self) -> None:
         """Begin anew where the clock and Lightning's counts are now."""
         self._before, self._scheduled, self._is_first = None, self._worker.clock.step, True
+        self._seen = dict.fromkeys(self._seen, self._worker.clock.start)
