@@ -218,7 +218,7 @@ class Pace:
         Raises:
             ValueError: on all ranks, if the loader's samples are not dealt by Lightning's own sampler.
         """
-        self._require_dealt(loader)
+        header.agree(self._why_not_dealt(loader))  # none may wait for one that has raised
         sampler = loader.sampler
         batch = loader.batch_size if loader.batch_sampler is not None else 1
         facts = (len(loader.dataset), batch, loader.drop_last, sampler.shuffle, sampler.seed)
@@ -231,18 +231,24 @@ class Pace:
         _put(loader, Dealt(sampler, lambda: self.shares, batch, loader.drop_last))
         undo.callback(_put, loader, sampler)  # which may be the user's own
 
-    @staticmethod
-    def _require_dealt(loader: Any) -> None:
+    def _why_not_dealt(self, loader: Any) -> ValueError | None:
         map_style = isinstance(loader, DataLoader) and type(loader.sampler) in (DistributedSampler, Dealt)
-        if not (map_style and type(loader.batch_sampler) in (BatchSampler, type(None))):
-            what = type(loader).__name__
-            if isinstance(loader, DataLoader):
-                what += f" with `{type(loader.sampler).__name__}` and `{type(loader.batch_sampler).__name__}`"
-            raise ValueError(
-                "`pace` must be 'equal' where the samples are not dealt to the ranks by Lightning's sampler, that is "
-                "with iterable data, with `use_distributed_sampler=False` and with samplers of one's own, got a "
-                f"{what}."
+        if map_style and type(loader.batch_sampler) in (BatchSampler, type(None)):
+            sampler = loader.sampler
+            if (sampler.num_replicas, sampler.rank, sampler.drop_last) == (self._workers, self._rank, False):
+                return None
+            return ValueError(
+                "`pace` must be 'equal' with a `DistributedSampler` of one's own that drops samples or deals to others "
+                f"than the {self._workers} workers, got drop_last={sampler.drop_last} and "
+                f"num_replicas={sampler.num_replicas}."
             )
+        what = type(loader).__name__
+        if isinstance(loader, DataLoader):
+            what += f" with `{type(loader.sampler).__name__}` and `{type(loader.batch_sampler).__name__}`"
+        return ValueError(
+            "`pace` must be 'equal' where the samples are not dealt to the ranks by a `DistributedSampler`, as "
+            f"Lightning puts it in: with iterable data and with other samplers of one's own, got a {what}."
+        )
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 

@@ -615,13 +615,22 @@ def refuse():
     points = Points(40)
     map_style = DataLoader(points, batch_size=4)
     sampled = DataLoader(points, batch_size=4, sampler=WeightedRandomSampler([1.0] * 40, 40))
-    uneven = DataLoader(points, batch_size=4 + int(os.environ["LOCAL_RANK"]))
+    local = int(os.environ["LOCAL_RANK"])
+    uneven = DataLoader(points, batch_size=4 + local)
+    dropping = DistributedSampler(points, 2, local, drop_last=True)
     dealt = {"use_distributed_sampler": True}
     cases = {
         "speeds": (Regression(), map_style, dealt, Proportional((1, 1, 1))),
         "stream": (Regression(), loader([4, 4]), dealt, "proportional"),
         "not dealt": (Regression(), map_style, {"use_distributed_sampler": False}, "proportional"),
         "sampler": (Regression(), sampled, dealt, "proportional"),
+        "drops": (
+            Regression(),
+            DataLoader(points, sampler=dropping),
+            {"use_distributed_sampler": False},
+            "proportional",
+        ),
+        "one of them": (Regression(), loader([4, 4]) if local else map_style, dealt, "proportional"),
         "uneven": (Regression(), uneven, dealt, "proportional"),
         "loaders": (Regression(), [map_style, map_style], dealt, "proportional"),
         "manual": (Manual(), map_style, dealt, "proportional"),
@@ -639,12 +648,18 @@ def refuse():
 
 def test_refuses_data_and_modules_that_follow_each_workers_own_steps():
     first, second = run_workers(refuse, 2)
+    of_one, of_other = (said.pop("one of them") for said in (first, second))
+    assert of_one.startswith(
+        "RuntimeError: Rank 1 failed where all ranks must succeed: ValueError: `pace` must be 'equal'"
+    )
+    assert of_other.startswith("ValueError: `pace` must be 'equal' where the samples are not dealt")
     assert first == second
     for name, words in {
+        "drops": "drops samples or deals to others than the 2 workers, got drop_last=True and num_replicas=2.",
         "speeds": "`speeds` must have one for each of the 2 workers, got (1, 1, 1).",
         "stream": "got a DataLoader with `_InfiniteConstantSampler` and `NoneType`",
         "not dealt": "got a DataLoader with `SequentialSampler` and `BatchSampler`",
-        "sampler": "samplers of one's own, got a DataLoader with `DistributedSamplerWrapper`",
+        "sampler": "other samplers of one's own, got a DataLoader with `DistributedSamplerWrapper`",
         "uneven": "the workers' loaders differ in (samples, batch size, drop_last, shuffle, seed), got on the ranks",
         "loaders": "`pace` must be 'equal' with more than one training loader, got 2.",
         "manual": "`pace` must be 'equal' with manual optimization",

@@ -263,3 +263,4 @@ class Pacing:
         """Begin anew where the clock and Lightning's counts are now."""
         self._before, self._scheduled, self._is_first = None, self._worker.clock.step, True
         self._seen = dict.fromkeys(self._seen, self._worker.clock.start)
+        self._pace.furthest = 0
