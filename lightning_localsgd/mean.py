@@ -1,18 +1,22 @@
 """HOW workers agree: their tensors are packed into buckets, summed across workers, and unpacked as the mean."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, NamedTuple
+from itertools import chain, repeat
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_localsgd.header import explained
+from lightning_localsgd.wire import FORMATS, WireName
 
 Group = tuple[torch.dtype, torch.device]
 _CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
+_LEAST = 4 << 20  # bytes of a bucket below which more of them would cost more than they hide
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,34 @@ class Mean:
     than 32 bits are averaged in float32; integer tensors take the maximum. An element that is equal on all workers
     keeps its bits (see :func:`share`).
 
+    With a ``wire`` of fewer bits the *difference to the anchor* a, from which the round started, travels, in two hops:
+    each worker owns a share of the elements, gets all workers' messages for it, and sends their mean back to all.
+
+    .. math:: q_i = C(x_i - a + e_i), \quad e_i \leftarrow x_i - a + e_i - q_i; \qquad
+        Q = C(\tfrac{1}{|W|} \textstyle\sum_i q_i + E), \quad E \leftarrow \tfrac{1}{|W|} \sum_i q_i + E - Q; \qquad
+        \bar x = a + Q
+
+    where C rounds to what the wire can carry; the error memories e of each worker and E of each owner are kept for
+    integers alone. All workers decode the same bits. What is no trained parameter travels in full precision, and so do
+    the means that validation and checkpoints see.
+
+    With a ``delay`` of k an average is taken in the background while training goes on, and lands k steps after the end
+    of its round, where a worker keeps what it has learnt meanwhile: with s its replica at the end of the round,
+
+    .. math:: x_i \leftarrow a' + (x_i - s_i), \qquad a' = \bar s \text{, or the outer step from } a
+
+    Floating buffers take their mean. It lands earlier if the next round ends before. The last average of ``fit`` and
+    ``synchronize()`` are taken at once.
+
     Args:
-        bucket_mb: the most memory that an average uses beside the model, in MiB (2^20 bytes); above 0. Tensors are
-            sent in buckets of this size.
+        bucket_mb: the most memory that all buckets of an average use at any moment, in MiB (2^20 bytes); above 0.
+        wire: what travels: ``"float32"`` (64 bits where a parameter has them), ``"bfloat16"``, ``"float16"``, ``"int8"``
+            or ``"int4"``.
+        delay: steps, at least 0, from the end of a round to where its average lands; with a period that is a number, at
+            most that.
+        rounding: of integers: ``"nearest"``, or ``"stochastic"``, which is right on average and has its noise from
+            round, rank and bucket alone.
+        error_feedback: whether what rounding to integers leaves out is kept and sent with the next message.
         nonfinite: what is done with a worker whose replica has a NaN or an infinite element when a mean is due, be it
             for the end of a round, validation or a checkpoint. ``"raise"``: all workers stop with one error that
             names it. ``"exclude"``: its weight is 0, and at the end of the round it restarts from the mean of the
@@ -39,15 +68,25 @@ class Mean:
             the header tells if it has changed on one of them, and then all stop with an error that names it.
 
     Raises:
-        ValueError: if ``bucket_mb`` is not a number above 0, or another argument is none of its two words.
+        ValueError: if ``bucket_mb`` is not a number above 0, ``delay`` no int of at least 0, another argument is none
+            of its words, or ``rounding`` or ``error_feedback`` is set where no integers travel.
 
     Example:
-        >>> Mean(bucket_mb=25)
-        Mean(bucket_mb=25, nonfinite='raise', frozen='send')
+        >>> Mean(wire="int8", delay=4)
+        Mean(bucket_mb=64, wire='int8', delay=4, rounding='nearest', error_feedback=True, nonfinite='raise', frozen='send')
+
+    Papers: Shen et al., *Faster Distributed Deep Net Training: Computation and Communication Decoupled Stochastic
+    Gradient Descent*, IJCAI 2019 (arXiv 1906.12043), for the delay; Seide et al., *1-Bit Stochastic Gradient Descent*,
+    Interspeech 2014, and Karimireddy et al., *Error Feedback Fixes SignSGD*, ICML 2019 (arXiv 1901.09847), for the
+    error memory.
     """
 
     bucket_mb: float = 64
     _: KW_ONLY
+    wire: WireName = "float32"
+    delay: int = 0
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    error_feedback: bool = True
     nonfinite: Literal["raise", "exclude"] = "raise"
     frozen: Literal["send", "skip"] = "send"
 
@@ -55,10 +94,34 @@ class Mean:
         number = isinstance(self.bucket_mb, int | float) and not isinstance(self.bucket_mb, bool)
         if not (number and 0 < self.bucket_mb < math.inf):
             raise ValueError(f"`bucket_mb` must be a number of MiB above 0, got {self.bucket_mb!r}.")
+        if self.wire not in get_args(WireName):
+            raise ValueError(f"`wire` must be one of {', '.join(get_args(WireName))}, got {self.wire!r}.")
+        if not isinstance(self.delay, int) or isinstance(self.delay, bool) or self.delay < 0:
+            raise ValueError(f"`delay` must be an int of at least 0, got {self.delay!r}.")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {self.rounding!r}.")
+        if not isinstance(self.error_feedback, bool):
+            raise ValueError(f"`error_feedback` must be True or False, got {self.error_feedback!r}.")
+        for name, default in (("rounding", "nearest"), ("error_feedback", True)):
+            if getattr(self, name) != default and not self.rounds_to_integers:
+                raise ValueError(
+                    f"`{name}` has an effect only on a wire of integers: leave it at {default!r} with "
+                    f"`wire={self.wire!r}`, got {getattr(self, name)!r}."
+                )
         if self.nonfinite not in ("raise", "exclude"):
             raise ValueError(f"`nonfinite` must be 'raise' or 'exclude', got {self.nonfinite!r}.")
         if self.frozen not in ("send", "skip"):
             raise ValueError(f"`frozen` must be 'send' or 'skip', got {self.frozen!r}.")
+
+    @property
+    def rounds_to_integers(self) -> bool:
+        """Whether integers travel."""
+        return self.wire in FORMATS and FORMATS[self.wire].remembers
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether differences travel."""
+        return self.wire != "float32"
 
     def average(
         self,
@@ -69,8 +132,9 @@ class Mean:
         modest: bool = False,
         first: Callable[["Bucket"], None] | None = None,
         then: Callable[["Bucket"], None] | None = None,
+        group: Any = None,
     ) -> None:
-        """Replace ``tensors`` by their mean over workers, in place.
+        """Replace ``tensors`` by their mean over workers, in place and in full precision.
 
         Finite tensors are not examined again as a mean: N shares, each about x / N, add up to the largest x and N of
         its units at most, which overflows only within that of the largest float; the next average would see it.
@@ -83,57 +147,80 @@ class Mean:
             modest: whether the square of every element here is known to be finite.
             first: called with each bucket of this worker's own values before they are sent, and may change what is.
             then: called with each bucket of means before they are written back, and may change them.
+            group: the process group, or None for all.
         """
-        count, index = sum(weights), sum(weights[:rank])
+        count, index, alone = sum(weights), sum(weights[:rank]), len(weights) == 1
 
-        def reduce(bucket: Tensor) -> None:
-            if bucket.is_floating_point():
-                if not weights[rank]:
-                    bucket.fill_(-0.0)  # 0 times its values would be NaN for a NaN; -0 leaves every other sum as it is
-                elif count > 1:
-                    share(bucket, count, index, modest)
-            if len(weights) == 1:
+        def encode(bucket: Bucket) -> None:
+            if first is not None:
+                first(bucket)
+            if not bucket.values.is_floating_point():
                 return
-            operation = dist.ReduceOp.SUM if bucket.is_floating_point() else dist.ReduceOp.MAX
-            with explained(f"Rank {rank}, which averages its model,"):
-                dist.all_reduce(bucket, operation)
+            if not weights[rank]:
+                bucket.values.fill_(-0.0)  # 0 times its values would be NaN for a NaN; -0 leaves every sum as it is
+            elif count > 1:
+                share(bucket.values, count, index, modest)
 
-        with torch.profiler.record_function("localsgd::average"):
-            self._each_bucket(tensors, reduce, write, first, then)
+        def send(bucket: Bucket) -> Any:
+            operation = dist.ReduceOp.SUM if bucket.values.is_floating_point() else dist.ReduceOp.MAX
+            return None if alone else dist.all_reduce(bucket.values, operation, group=group, async_op=True)
+
+        with torch.profiler.record_function("localsgd::average"), explained(f"Rank {rank}, which averages its model,"):
+            self._each_bucket(tensors, encode, send, write, then)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Replace ``tensors`` by those of rank 0, in place."""
         with torch.profiler.record_function("localsgd::broadcast"):
-            self._each_bucket(tensors, lambda bucket: dist.broadcast(bucket, src=0), write=True)
+            self._each_bucket(
+                tensors, None, lambda bucket: dist.broadcast(bucket.values, src=0, async_op=True), write=True
+            )
 
     @torch.no_grad()
     def _each_bucket(
         self,
         tensors: Sequence[Tensor],
-        reduce: Callable[[Tensor], object],
+        encode: Callable[["Bucket"], None] | None,
+        send: Callable[["Bucket"], Any],
         write: bool,
-        first: Callable[["Bucket"], None] | None = None,
         then: Callable[["Bucket"], None] | None = None,
     ) -> None:
-        for (dtype, device), places in grouped(tensors).items():
-            sizes = [tensors[place].numel() for place in places]
-            capacity = max(1, int(self.bucket_mb * 2**20) // dtype.itemsize)
-            memory = torch.empty(min(capacity, sum(sizes)), dtype=dtype, device=device)
-            start = 0
-            for cuts in pack(sizes, capacity):
-                bucket = memory[: sum(cut.size for cut in cuts)]
-                here = list(torch.split(bucket, [cut.size for cut in cuts]))
-                there = [tensors[places[cut.tensor]][cut.start : cut.start + cut.size] for cut in cuts]
-                torch._foreach_copy_(here, there)
-                pieces = Bucket((dtype, device), start, bucket, [places[cut.tensor] for cut in cuts], here, there)
-                if first is not None:
-                    first(pieces)
-                reduce(bucket)
+        """While one bucket is on its way, the last one is unpacked and the next one packed."""
+        works: dict[int, Any] = {}
+
+        def pack_(bucket: Bucket) -> None:
+            with torch.profiler.record_function("localsgd::encode"):
+                torch._foreach_copy_(bucket.here, bucket.there)
+                if encode is not None:
+                    encode(bucket)
+
+        def arrive(bucket: Bucket) -> None:
+            with torch.profiler.record_function("localsgd::wait"):
+                if works[bucket.start] is not None:
+                    works[bucket.start].wait()
+
+        def leave(bucket: Bucket) -> None:
+            with torch.profiler.record_function("localsgd::send"):
+                works[bucket.start] = send(bucket)
+
+        def land(bucket: Bucket) -> None:
+            with torch.profiler.record_function("localsgd::apply"):
                 if then is not None:
-                    then(pieces)
+                    then(bucket)
                 if write:
-                    torch._foreach_copy_(there, here)
-                start += len(bucket)
+                    torch._foreach_copy_(bucket.there, bucket.here)
+
+        for (dtype, device), places in grouped(tensors).items():
+            total = sum(tensors[place].numel() for place in places)
+            capacity = self._capacity(total, dtype.itemsize)
+            memory = torch.empty(min(2 * capacity, total), dtype=dtype, device=device)
+            buckets = each_bucket(tensors, places, (dtype, device), capacity, [memory[:capacity], memory[capacity:]])
+            works.clear()
+            pipelined(buckets, [(0, pack_), (1, arrive), (0, leave), (1, land)])
+
+    def _capacity(self, total: int, itemsize: int) -> int:
+        """Return the elements of a bucket, of which two are in flight: a quarter of all, unless that is too few."""
+        most = int(self.bucket_mb * 2**20) // (2 * itemsize)
+        return max(1, min(most, max(-(-total // 4), _LEAST // itemsize)))
 
 
 class Bucket(NamedTuple):
@@ -154,6 +241,43 @@ class Bucket(NamedTuple):
     places: list[int]
     here: list[Tensor]
     there: list[Tensor]
+
+
+def each_bucket(
+    tensors: Sequence[Tensor], places: Sequence[int], group: Group, capacity: int, memories: Sequence[Tensor]
+) -> Iterator[Bucket]:
+    """Yield buckets that cover the tensors at these places, in turns in each of ``memories``, without filling them."""
+    start = 0
+    for index, cuts in enumerate(pack([tensors[place].numel() for place in places], capacity)):
+        values = memories[index % len(memories)][: sum(cut.size for cut in cuts)]
+        here = list(torch.split(values, [cut.size for cut in cuts]))
+        there = [tensors[places[cut.tensor]][cut.start : cut.start + cut.size] for cut in cuts]
+        yield Bucket(group, start, values, [places[cut.tensor] for cut in cuts], here, there)
+        start += len(values)
+
+
+def pipelined(buckets: Iterable[Bucket], stages: Sequence[tuple[int, Callable[[Bucket], None]]]) -> None:
+    """Take each bucket through all stages; a stage with lag n works n buckets behind the first.
+
+    So all ranks issue collectives in one order, whichever arrives first.
+
+    Example:
+        >>> pipelined("abc", [(0, lambda x: print("send", x)), (1, lambda x: print("receive", x))])
+        send a
+        send b
+        receive a
+        send c
+        receive b
+        receive c
+    """
+    behind = max(lag for lag, _ in stages)
+    window: deque[Bucket | None] = deque(repeat(None, behind + 1), maxlen=behind + 1)
+    for newest in chain(buckets, repeat(None, behind)):
+        window.appendleft(newest)
+        for lag, stage in stages:
+            bucket = window[lag]
+            if bucket is not None:
+                stage(bucket)
 
 
 class Cut(NamedTuple):

@@ -1,0 +1,215 @@
+"""HOW fewer bits agree: differences to the anchor in two hops, to the owner of a share and as a mean back to all."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_localsgd.anchor import Anchor
+from lightning_localsgd.header import explained
+from lightning_localsgd.mean import Bucket, Group, Mean, each_bucket, grouped, pipelined
+from lightning_localsgd.wire import FORMATS, noise
+
+# A single all-to-all of Gloo fills one direction of a link at a time, so several buckets are on their way at once:
+# this many between the hops, and as many behind the second.
+_LAG = 3
+_LEAST = 1 << 15  # elements of a bucket below which more of them would cost more than they hide
+_BUCKETS = 16  # at least, if they are not smaller than that
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
+
+class Exchange:
+    """Averages trained parameters on a wire of fewer bits, and remembers what rounding has left out.
+
+    Args:
+        mean: the wire, and how much memory it may take.
+        rank: this process's.
+        workers: their number, at least 2.
+        seed: of the noise, equal on all workers.
+    """
+
+    def __init__(self, mean: Mean, rank: int, workers: int, seed: int = 0) -> None:
+        self.rank = rank
+        self.workers = workers
+        self.format = FORMATS[mean.wire]
+        self._mean = mean
+        self._seed = seed
+        # What this worker's messages, and the means that it sends back, have left out so far, along the anchor's lines.
+        self._memory: dict[Group, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        anchor: Anchor,
+        weights: Sequence[int],
+        number: int,
+        first: Callable[[Bucket], None] | None = None,
+        then: Callable[[Bucket], None] | None = None,
+        group: Any = None,
+    ) -> None:
+        """Replace ``tensors`` by their mean over workers, in place.
+
+        Args:
+            tensors: one-dimensional views of the trained parameters, in the anchor's order.
+            anchor: from which they started, equal on all workers; ``then`` may move the piece that it is called with.
+            weights: for each rank 1 if it counts or 0 if not, equal on all ranks; at least one is 1.
+            number: of the round, for the noise.
+            first: called with each bucket of this worker's own values before it is sent, and may change what is.
+            then: called with each bucket of means before they are written back, and may change them.
+            group: the process group, or None for all.
+
+        Raises:
+            RuntimeError: on all ranks, if the mean is not finite.
+        """
+        for kind, places in grouped(tensors).items():
+            trip = _Trip(self, kind, anchor, weights, number, group)
+            buckets = each_bucket(tensors, places, kind, self.capacity(anchor, kind), [trip.values])
+
+            def encode(bucket: Bucket, trip: _Trip = trip) -> None:
+                torch._foreach_copy_(bucket.here, bucket.there)
+                if first is not None:
+                    first(bucket)
+                trip.encode(bucket)
+
+            def land(bucket: Bucket, trip: _Trip = trip) -> None:
+                trip.decode(bucket)
+                with torch.profiler.record_function("localsgd::apply"):
+                    if then is not None:
+                        then(bucket)
+                    torch._foreach_copy_(bucket.there, bucket.here)
+
+            with torch.profiler.record_function("localsgd::average"):
+                with explained(f"Rank {self.rank}, which averages its model,"):
+                    pipelined(buckets, [(0, encode), (_LAG, trip.turn), (2 * _LAG, land)])
+
+    def capacity(self, anchor: Anchor, kind: Group) -> int:
+        """Return the elements of a bucket: what memory allows, and so few that the links are busy both ways."""
+        # Codes wait here for both hops and in Gloo, 18 of a bucket at a time; encoding holds a few copies in float.
+        bytes_per_element = 18 * self.format.block_bytes / self.format.block + 5 * kind[0].itemsize
+        most = self._mean.bucket_mb * 2**20 / bytes_per_element
+        return max(1, int(min(most, max(len(anchor.values[kind]) / _BUCKETS, _LEAST))))
+
+    def share(self, elements: int) -> int:
+        """Return how many elements of a bucket each worker owns, in whole blocks."""
+        block = self.format.block
+        return -(-elements // (self.workers * block)) * block
+
+    def memory(self, anchor: Anchor, kind: Group) -> tuple[Tensor, Tensor] | None:
+        """Return what the messages of this worker, and its means, have left out so far, if that is remembered."""
+        if not (self.format.remembers and self._mean.error_feedback):
+            return None
+        whole, rest = divmod(len(anchor.values[kind]), capacity := self.capacity(anchor, kind))
+        sizes = [len(anchor.values[kind]), whole * self.share(capacity) + self.share(rest)]
+        if kind not in self._memory or [len(part) for part in self._memory[kind]] != sizes:
+            dtype, device = kind
+            own, owned = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
+            self._memory[kind] = own, owned
+        return self._memory[kind]
+
+    def noise(self, kind: Group, number: int, hop: int, start: int) -> torch.Generator | None:
+        """Return the noise for one rounding of a bucket, if it is not to the nearest."""
+        if self._mean.rounding == "nearest":
+            return None
+        return noise(kind[1], self._seed, number, self.rank, hop, start)
+
+    def state_dict(self) -> list[list[Tensor]]:
+        """Return the error memories."""
+        return [[own, owned] for own, owned in self._memory.values()]
+
+    def load_state_dict(self, state: list[list[Tensor]], anchor: Anchor) -> None:
+        """Take up the error memories of parameters like the anchor's."""
+        for kind, memories in zip(anchor.values, state, strict=False):
+            own, owned = (memory.to(kind[1], copy=True) for memory in memories)
+            self._memory[kind] = own, owned
+
+
+class _Trip:
+    """One average of the parameters of one kind: what becomes of each bucket, in the order of the stages."""
+
+    def __init__(
+        self, exchange: Exchange, kind: Group, anchor: Anchor, weights: Sequence[int], number: int, group: Any
+    ) -> None:
+        self._exchange = exchange
+        self._kind = kind
+        self._anchor = anchor.values[kind]
+        self._weights = weights
+        self._number = number
+        self._group = group
+        self._capacity = exchange.capacity(anchor, kind)
+        self._memory = exchange.memory(anchor, kind)
+        dtype, device = kind
+        self.values = torch.empty(exchange.workers * exchange.share(self._capacity), dtype=dtype, device=device)
+        self._coming: dict[int, tuple[Tensor, Any, Tensor]] = {}  # by bucket: what arrives, its work, what was sent
+
+    def _rows(self, bucket: Bucket) -> Tensor:
+        """Return the values with the padding of their last shares, a row for each owner."""
+        workers, share = self._exchange.workers, self._exchange.share(len(bucket.values))
+        return self.values[: workers * share].view(workers, share)
+
+    def _start(self, bucket: Bucket) -> Tensor:
+        """Return the piece of the anchor."""
+        return self._anchor[bucket.start : bucket.start + len(bucket.values)].to(bucket.values.device)
+
+    def _send(self, bucket: Bucket, code: Tensor, collective: Callable[..., Any]) -> None:
+        with torch.profiler.record_function("localsgd::send"):
+            arriving = torch.empty(self._exchange.workers, code.shape[1], dtype=torch.uint8, device=code.device)
+            work = collective(arriving, code, group=self._group, async_op=True)
+        self._coming[bucket.start] = arriving, work, code
+
+    def _arrived(self, bucket: Bucket) -> Tensor:
+        with torch.profiler.record_function("localsgd::wait"):
+            arrived, work, _ = self._coming.pop(bucket.start)
+            work.wait()
+        return arrived
+
+    def encode(self, bucket: Bucket) -> None:
+        """Send to each owner its share of the bucket, which holds this worker's own values."""
+        exchange, rows = self._exchange, self._rows(bucket)
+        size = exchange.format.size(rows.shape[1])
+        code = torch.zeros(exchange.workers, size, dtype=torch.uint8, device=rows.device)
+        if self._weights[exchange.rank]:  # else nobody reads it, and its values may be NaN
+            with torch.profiler.record_function("localsgd::encode"):
+                bucket.values.sub_(self._start(bucket))
+                rows.view(-1)[len(bucket.values) :] = 0
+                error = self._memory[0][bucket.start :][: len(bucket.values)] if self._memory else None
+                if error is not None:
+                    bucket.values.add_(error)
+                exchange.format.encode(rows, code, exchange.noise(self._kind, self._number, 1, bucket.start))
+                if error is not None:
+                    error.copy_(bucket.values)
+        self._send(bucket, code, dist.all_to_all_single)
+
+    def turn(self, bucket: Bucket) -> None:
+        """As the owner of a share, send back to all the mean of what has arrived."""
+        exchange, arrived = self._exchange, self._arrived(bucket)
+        share = exchange.share(len(bucket.values))
+        mean, message = torch.zeros(2, 1, share, dtype=self._kind[0], device=arrived.device)
+        with torch.profiler.record_function("localsgd::decode"):
+            for row, weight in zip(arrived.split(1), self._weights, strict=True):
+                if weight:
+                    exchange.format.decode(row, message)
+                    mean.add_(message)
+            mean.div_(sum(self._weights))
+        with torch.profiler.record_function("localsgd::encode"):
+            begin = bucket.start // self._capacity * exchange.share(self._capacity)
+            error = self._memory[1][begin : begin + share].view(1, share) if self._memory else None
+            if error is not None:
+                mean.add_(error)
+            code = torch.empty(1, exchange.format.size(share), dtype=torch.uint8, device=arrived.device)
+            exchange.format.encode(mean, code, exchange.noise(self._kind, self._number, 2, bucket.start))
+            if error is not None:
+                error.copy_(mean)
+        self._send(bucket, code, _all_gather)
+
+    def decode(self, bucket: Bucket) -> None:
+        """Fill the bucket with the mean."""
+        arrived = self._arrived(bucket)
+        with torch.profiler.record_function("localsgd::decode"):
+            self._exchange.format.decode(arrived, self._rows(bucket))
+            bucket.values.add_(self._start(bucket))
+            if not math.isfinite(torch.linalg.vector_norm(bucket.values, math.inf)):
+                raise RuntimeError(f"The mean of the replicas in round {self._number} has a NaN or an infinite value.")
