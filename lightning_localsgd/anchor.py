@@ -88,6 +88,10 @@ class Anchor:
         ]
         return float(torch.stack([square.cpu() for square in squares]).sum().sqrt()) if squares else 0.0
 
+    def flat(self) -> list[Tensor]:
+        """Return the values as one-dimensional views, as `Replica` gives them of the parameters."""
+        return [self._part(line) for line in self.lines]
+
     def _part(self, line: Line) -> Tensor:
         return self.values[line.group][line.start : line.start + line.size]
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_localsgd.anchor import Anchor, Trained
-from lightning_localsgd.mean import Bucket
+from lightning_localsgd.mean import Bucket, Group
 from lightning_localsgd.outer import OuterStep, Stepper
 
 
@@ -19,13 +19,13 @@ class Landing:
     Args:
         outer: makes the next start, or None for the mean itself.
         measures: whether to measure the drift.
-        scales: whether workers' movements are scaled before their mean is taken.
+        starts: whether the start of the round has to be known for another reason.
     """
 
-    def __init__(self, outer: OuterStep | None, measures: bool, scales: bool = False) -> None:
+    def __init__(self, outer: OuterStep | None, measures: bool, starts: bool = False) -> None:
         self._outer = outer
         self._measures = measures
-        self._scales = scales
+        self._starts = starts
         self._anchor: Anchor | None = None
         self._stepper: Stepper | None = None
         self._rates: Mapping[str, float] = {}
@@ -40,7 +40,7 @@ class Landing:
     @property
     def is_needed(self) -> bool:
         """Whether there is anything to do beside taking the mean."""
-        return self._outer is not None or self._measures or self._scales
+        return self._outer is not None or self._measures or self._starts
 
     @property
     def needs_rates(self) -> bool:
@@ -104,6 +104,28 @@ class Landing:
             for mean, own in narrow:
                 mean.copy_(mean.to(own.dtype))
             anchor.copy_(bucket.values)
+
+    @property
+    def anchor(self) -> Anchor:
+        """Where the round started."""
+        assert self._anchor is not None
+        return self._anchor
+
+    def land(self, mean: Anchor, own: Anchor, capacity: Callable[[Group], int]) -> tuple[float, float]:
+        """Make the next start of a whole mean, which arrived after its round; the same as bucket by bucket.
+
+        Args:
+            mean: is replaced by the next start.
+            own: this worker's values when the round ended.
+            capacity: elements of a bucket, for each kind.
+        """
+        for group, values in mean.values.items():
+            for start in range(0, len(values), size := capacity(group)):
+                piece = values[start : start + size]
+                cuts = [here for _, _, here in mean.within(group, start, start + len(piece))]
+                there = own.values[group][start : start + len(piece)]
+                self._land(Bucket(group, start, piece, [], [piece[cut] for cut in cuts], [there[cut] for cut in cuts]))
+        return self.finish(mean.shaped())
 
     def finish(self, parameters: Sequence[Tensor]) -> tuple[float, float]:
         """End the round; return the squared distances apart and together, NaN if they are not measured."""

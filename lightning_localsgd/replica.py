@@ -65,14 +65,21 @@ class Replica:
 
     def begin_round(self) -> None:
         """Take note of which parameters are frozen, and which are trained, now that all replicas are equal."""
-        if self._skip_frozen:
-            self._resting = {name for name, tensor in self._module.named_parameters() if not tensor.requires_grad}
-        if self._has_anchor:
-            self._trained = {
-                name
-                for name, tensor in self._module.named_parameters()
-                if tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
-            }
+        self._resting, self._trained = self._now()
+
+    @property
+    def changes(self) -> bool:
+        """Whether other parameters are frozen, or trained, than when this round began."""
+        return (self._resting, self._trained) != self._now()
+
+    def _now(self) -> tuple[set[str], set[str]]:
+        resting, trained = set(), set()
+        for name, tensor in self._module.named_parameters():
+            if not tensor.requires_grad:
+                resting.add(name)
+            elif tensor.is_floating_point() or tensor.is_complex():
+                trained.add(name)
+        return resting if self._skip_frozen else set(), trained if self._has_anchor else set()
 
     def trained(self) -> list[Trained]:
         """Return the parameters that were trained in this round, for which there is an anchor."""
