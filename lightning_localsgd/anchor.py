@@ -35,6 +35,17 @@ class Line:
     complex: bool
 
 
+def require_whole(parameters: Sequence[Trained]) -> None:
+    """See that an anchor can be taken.
+
+    Raises:
+        ValueError: if a parameter is a part of a larger tensor.
+    """
+    for name, _, pieces in parameters:
+        if len(pieces) != 1:
+            raise ValueError(f"An anchor needs parameters with memory of their own, and `{name}` is a slice.")
+
+
 class Anchor:
     """The values of parameters at the start of a round, in the order in which `Mean` packs them.
 
@@ -47,11 +58,8 @@ class Anchor:
     """
 
     def __init__(self, parameters: Sequence[Trained], in_main_memory: bool = False) -> None:
-        views = []
-        for name, _, pieces in parameters:
-            if len(pieces) != 1:
-                raise ValueError(f"An anchor needs parameters with memory of their own, and `{name}` is a slice.")
-            views.append(pieces[0])
+        require_whole(parameters)
+        views = [pieces[0] for _, _, pieces in parameters]
         found: dict[int, Line] = {}
         self.values: dict[Group, Tensor] = {}
         self._starts: dict[Group, tuple[list[int], list[Line]]] = {}

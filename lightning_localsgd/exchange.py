@@ -18,6 +18,7 @@ from lightning_localsgd.wire import FORMATS, noise
 _LAG = 3
 _LEAST = 1 << 15  # elements of a bucket below which more of them would cost more than they hide
 _BUCKETS = 16  # at least, if they are not smaller than that
+_WHO = "Rank {}, which averages its model,"
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
@@ -82,9 +83,8 @@ class Exchange:
                         then(bucket)
                     torch._foreach_copy_(bucket.there, bucket.here)
 
-            with torch.profiler.record_function("localsgd::average"):
-                with explained(f"Rank {self.rank}, which averages its model,"):
-                    pipelined(buckets, [(0, encode), (_LAG, trip.turn), (2 * _LAG, land)])
+            with torch.profiler.record_function("localsgd::average"), explained(_WHO.format(self.rank)):
+                pipelined(buckets, [(0, encode), (_LAG, trip.turn), (2 * _LAG, land)])
 
     def capacity(self, anchor: Anchor, kind: Group) -> int:
         """Return the elements of a bucket: what memory allows, and so few that the links are busy both ways."""
@@ -115,6 +115,10 @@ class Exchange:
         if self._mean.rounding == "nearest":
             return None
         return noise(kind[1], self._seed, number, self.rank, hop, start)
+
+    def forget(self) -> None:
+        """Begin with error memories of 0."""
+        self._memory = {}
 
     def state_dict(self) -> list[list[Tensor]]:
         """Return the error memories."""
@@ -189,9 +193,9 @@ class _Trip:
         share = exchange.share(len(bucket.values))
         mean, message = torch.zeros(2, 1, share, dtype=self._kind[0], device=arrived.device)
         with torch.profiler.record_function("localsgd::decode"):
-            for row, weight in zip(arrived.split(1), self._weights, strict=True):
+            for rank, weight in enumerate(self._weights):
                 if weight:
-                    exchange.format.decode(row, message)
+                    exchange.format.decode(arrived[rank : rank + 1], message)
                     mean.add_(message)
             mean.div_(sum(self._weights))
         with torch.profiler.record_function("localsgd::encode"):

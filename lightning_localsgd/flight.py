@@ -1,8 +1,8 @@
 """WHAT is under way: an average that is taken in the background while training goes on, and lands some steps later."""
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,18 +17,16 @@ class Flight:
     Args:
         trained: the trained parameters at the end of the round.
         rest: one-dimensional views of all else that is averaged.
-        buffers: of how many of these, the last ones, floats take the mean rather than add what happened meanwhile.
+        buffers: how many of these, the last ones, are of buffers.
         steps: until it lands.
-        about: what else is to be known at the landing; plain numbers, equal on all workers.
+        of: what is known of the round.
     """
 
-    def __init__(
-        self, trained: Sequence[Trained], rest: Sequence[Tensor], buffers: int, steps: int, about: dict[str, Any]
-    ) -> None:
+    def __init__(self, trained: Sequence[Trained], rest: Sequence[Tensor], buffers: int, steps: int, of: Any) -> None:
         self.own = Anchor(trained)  # this worker's values at the end of the round
         self.mean = Anchor(trained)  # the same, and then their mean
         self.steps = steps
-        self.about = about
+        self.of = of
         self._rest = [view.clone() for view in rest]
         self._rest_mean = [view.clone() for view in rest]
         self._first_buffer = len(rest) - buffers
@@ -44,7 +42,7 @@ class Flight:
             device: where they are; on a GPU a stream of its own does the work.
         """
         on_gpu = device.type == "cuda"
-        stream = torch.cuda.Stream(device) if on_gpu else None
+        stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # until the values have been copied
 
@@ -82,41 +80,39 @@ class Flight:
         if self._error is not None:
             raise self._error
 
-    @torch.no_grad()
-    def land(self, views: Sequence[Tensor], rest: Sequence[Tensor], keep: bool) -> None:
-        r"""Write :math:`a' + (x - s)` into each parameter, where ``mean`` holds the next start :math:`a'`.
+    @contextmanager
+    def landing(self, views: Sequence[Tensor], rest: Sequence[Tensor], keep: bool) -> Generator[None, None, None]:
+        r"""Within it the parameters hold the next start :math:`a'`, as ``mean`` does; after it :math:`a' + (x - s)`.
 
         Args:
             views: of the trained parameters, as they are now.
-            rest: views of all else.
+            rest: views of all else; of these buffers of floats just take their mean.
             keep: whether what this worker has learnt since the end of the round, :math:`x - s`, is kept.
         """
-        with torch.profiler.record_function("localsgd::apply"):
-            for view, start, own in zip(views, self.mean.flat(), self.own.flat(), strict=True):
-                view.copy_(view.to(own).sub_(own).add_(start) if keep else start)
-            for place, (view, mean, own) in enumerate(zip(rest, self._rest_mean, self._rest, strict=True)):
-                takes_mean = place >= self._first_buffer and view.is_floating_point()
-                view.copy_(mean if takes_mean or not keep else view.sub(own).add_(mean))
+        starts, own = [*self.mean.flat(), *self._rest_mean], [*self.own.flat(), *self._rest]
+        first = len(views) + self._first_buffer
+        views = [*views, *rest]
+        with torch.profiler.record_function("localsgd::apply"), torch.no_grad():
+            for place, (x, start, s) in enumerate(zip(views, starts, own, strict=True)):
+                if not keep or x.dtype == torch.bool or (place >= first and x.is_floating_point()):
+                    s.copy_(start)
+                else:
+                    wide = s.dtype if s.is_floating_point() else torch.int64
+                    s.copy_(x.to(wide).sub(s.to(wide)).add_(start.to(wide)))  # x - s first: 0 leaves the start
+                x.copy_(start)
+        yield
+        with torch.no_grad():
+            torch._foreach_copy_(views, own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as tensors and plain numbers, once the mean has arrived."""
         self.arrive()
-        return {
-            "steps": self.steps,
-            "about": self.about,
-            "own": list(self.own.values.values()),
-            "mean": list(self.mean.values.values()),
-            "rest": self._rest,
-            "rest_mean": self._rest_mean,
-            "first_buffer": self._first_buffer,
-        }
+        of = self.of._asdict()
+        return {"steps": self.steps, "of": of | {"rates": dict(of["rates"])}, "values": self._values()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; it is of parameters like these."""
-        self.steps, self.about, self._first_buffer = state["steps"], state["about"], state["first_buffer"]
-        for mine, its in ((self.own, state["own"]), (self.mean, state["mean"])):
-            for values, saved in zip(mine.values.values(), its, strict=True):
-                values.copy_(saved)
-        for views, saved in ((self._rest, state["rest"]), (self._rest_mean, state["rest_mean"])):
-            for view, value in zip(views, saved, strict=True):
-                view.copy_(value)
+        """Take up the values; it is of parameters like these."""
+        torch._foreach_copy_(self._values(), state["values"])
+
+    def _values(self) -> list[Tensor]:
+        return [*self.own.values.values(), *self.mean.values.values(), *self._rest, *self._rest_mean]

@@ -73,6 +73,7 @@ class Message:
         detail: what else its partners must know to take part (sizes, dtype, operation, source), or 0.
         stepped: 1 if it has taken a step since the last average.
         touched: 1 if it has run a training step, which may change buffers, since the last average.
+        aloft: 1 if an average of its has not landed yet.
         step: its step.
         signals: the signals it has received, one bit each.
         layout: a number for the layout of its replica, or 0 if it does not offer one.
@@ -86,6 +87,7 @@ class Message:
     detail: int = 0
     stepped: int = 0
     touched: int = 0
+    aloft: int = 0
     step: int = 0
     signals: int = 0
     layout: int = 0
@@ -194,6 +196,8 @@ def decide(messages: Sequence[Message]) -> Decision:
         raise ReplicasDiffer(one, next(rank for rank, offer in offers.items() if offer != offers[one]))
 
     weights = tuple(message.stepped for message in messages)
+    if want in (Want.CONSENSUS, Want.VALIDATE):  # until it lands a replica is its own, also without a step
+        weights = tuple(int(message.stepped or message.aloft) for message in messages)
     if not any(weights):
         weights = tuple(message.touched for message in messages)
     detail = messages[asked[0]].detail

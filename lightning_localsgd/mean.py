@@ -50,8 +50,8 @@ class Mean:
 
     Args:
         bucket_mb: the most memory that all buckets of an average use at any moment, in MiB (2^20 bytes); above 0.
-        wire: what travels: ``"float32"`` (64 bits where a parameter has them), ``"bfloat16"``, ``"float16"``, ``"int8"``
-            or ``"int4"``.
+        wire: what travels: ``"float32"`` (or 64 bits, where a parameter has them), ``"bfloat16"``, ``"float16"``,
+            ``"int8"`` or ``"int4"``.
         delay: steps, at least 0, from the end of a round to where its average lands; with a period that is a number, at
             most that.
         rounding: of integers: ``"nearest"``, or ``"stochastic"``, which is right on average and has its noise from
@@ -72,8 +72,9 @@ class Mean:
             of its words, or ``rounding`` or ``error_feedback`` is set where no integers travel.
 
     Example:
-        >>> Mean(wire="int8", delay=4)
-        Mean(bucket_mb=64, wire='int8', delay=4, rounding='nearest', error_feedback=True, nonfinite='raise', frozen='send')
+        >>> Mean(25) == Mean(bucket_mb=25, wire="float32", delay=0)
+        True
+        >>> fast = Mean(wire="int8", delay=4)
 
     Papers: Shen et al., *Faster Distributed Deep Net Training: Computation and Communication Decoupled Stochastic
     Gradient Descent*, IJCAI 2019 (arXiv 1906.12043), for the delay; Seide et al., *1-Bit Stochastic Gradient Descent*,
@@ -211,13 +212,13 @@ class Mean:
 
         for (dtype, device), places in grouped(tensors).items():
             total = sum(tensors[place].numel() for place in places)
-            capacity = self._capacity(total, dtype.itemsize)
+            capacity = self.capacity(total, dtype.itemsize)
             memory = torch.empty(min(2 * capacity, total), dtype=dtype, device=device)
             buckets = each_bucket(tensors, places, (dtype, device), capacity, [memory[:capacity], memory[capacity:]])
             works.clear()
             pipelined(buckets, [(0, pack_), (1, arrive), (0, leave), (1, land)])
 
-    def _capacity(self, total: int, itemsize: int) -> int:
+    def capacity(self, total: int, itemsize: int) -> int:
         """Return the elements of a bucket, of which two are in flight: a quarter of all, unless that is too few."""
         most = int(self.bucket_mb * 2**20) // (2 * itemsize)
         return max(1, min(most, max(-(-total // 4), _LEAST // itemsize)))

@@ -154,7 +154,6 @@ class Measured:
         """An average has landed after a round of so many steps."""
         self._own = Report(average_seconds=seconds, wait_seconds=waited, apart=apart, together=together)
         self._own_length = steps
-        self.start_round()
 
     def start_round(self) -> None:
         """What is measured from here on belongs to the next round."""

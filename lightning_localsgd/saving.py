@@ -154,6 +154,8 @@ class Keeps(_Base):
         return {
             "workers": self.world_size,
             "bucket_mb": self.mean.bucket_mb,
+            "wire": [self.mean.wire, self.mean.rounding, self.mean.error_feedback],
+            "delay": self.mean.delay,
             "backend": self._process_group_backend if self.world_size > 1 else None,
             "period": repr(self.schedule),
             "outer": str(self.outer),

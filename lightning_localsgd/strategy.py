@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -157,12 +158,23 @@ class LocalSGD(Keeps):
                         "With a `period` of 1 gradients are averaged, as DDP does, and "
                         f"`{name}` has no effect: leave it at its default, got {given!r}."
                     )
+        if (mean.delay and isinstance(optimizer_state, AverageState)) or (mean.delay and optimizer_state == "average"):
+            raise ValueError(
+                '`optimizer_state` must be "keep" or "reset" where averages land with a delay, got '
+                f"{optimizer_state!r} with {mean!r}."
+            )
+        if isinstance(self.schedule, Every) and mean.delay > self.schedule.period:
+            raise ValueError(
+                f"`delay` must be at most the period, after which the next average is sent, got {mean.delay} with "
+                f"{self.schedule!r}."
+            )
         self.outer = outer
         self._state_rule = AverageState() if optimizer_state == "average" else optimizer_state
         self._pace_rule = {"equal": None, "proportional": Proportional()}[pace] if isinstance(pace, str) else pace
         self.mean = mean
         self._exact = checkpoint == "exact"
         self._header: Header | None = None
+        self._background: dist.ProcessGroup | None = None
         self._worker: Worker | None = None  # of the fit in progress
         self._fit: Fit | None = None  # follows it, where checkpoints are exact
         self._pace: Pace | None = None  # of this worker, where the paces differ
@@ -278,7 +290,7 @@ class LocalSGD(Keeps):
             needs, scales = needs | self._pace_rule.needs, self._pace_rule.needs_anchor
             if "paces" in self._resumed:
                 self._pace.load_state_dict(self._resumed["paces"])
-        landing = Landing(self.outer, measures="drift" in needs, scales=scales)
+        landing = Landing(self.outer, measures="drift" in needs, starts=scales or self.mean.needs_anchor)
         landing.load_state_dict(self._resumed.get("landing", {}))
         self._expected_steps = math.nan
         self._worker = Worker(
@@ -288,11 +300,13 @@ class LocalSGD(Keeps):
                 module,
                 skip_frozen=self.mean.frozen == "skip",
                 iterates=optimizers.iterates,
-                has_anchor=landing.is_needed,
+                has_anchor=landing.is_needed or self.mean.delay > 0,
             ),
             optimizers=optimizers,
             mean=self.mean,
             landing=landing,
+            group=self._background_group(),
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what `seed_everything` has been given
             optimizer_state=self._state_rule,
             measured=Measured(needs, self._resumed.get("measured"), fastest=self._pace is not None),
             pace=self._pace,
@@ -311,6 +325,12 @@ class LocalSGD(Keeps):
         self._worker.start(self._part["worker"] if self._part else None)
         self._unreduced = list(module.parameters())  # parameters whose gradients no reducer averages yet
 
+    def _background_group(self) -> dist.ProcessGroup | None:
+        """Return the group of averages in the background, which must not get between other collectives."""
+        if self._background is None and self.mean.delay and self.world_size > 1:
+            self._background = dist.new_group(backend=self._process_group_backend, timeout=self._timeout)
+        return self._background
+
     def teardown(self) -> None:
         self._undo.close()
         if self._worker is not None:
@@ -328,6 +348,9 @@ class LocalSGD(Keeps):
         if self._header is not None:
             self._header.leave()
             self._header = None
+        if self._background is not None:
+            _abort(self._background)
+            self._background = None
         _lightning.end_with(self.launcher)
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -594,7 +617,7 @@ class LocalSGD(Keeps):
             return
         if self.worker.inside_consensus:
             raise RuntimeError("`synchronize` cannot be called inside `consensus()` or validation.")
-        self.worker.ask(Want.ROUND)
+        self.worker.end_round(at_once=True)
 
     # ------------------------------------------------------------------------------------------ Lightning's collectives
 
@@ -671,6 +694,14 @@ class LocalSGD(Keeps):
 class LocalSGDStrategy(LocalSGD, DDPStrategy):  # noqa: D101
     __doc__ = LocalSGD.__doc__  # LightningCLI looks for it here
     _made_for = "`lightning`; for `pytorch_lightning` take `lightning_localsgd.pytorch_lightning.LocalSGDStrategy`"
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    """End what is under way in a group; else the end of this process would wait for it until it times out."""
+    for device in group._device_types:
+        backend = group._get_backend(device)
+        if hasattr(backend, "abort"):
+            backend.abort()
 
 
 def _ddp_options() -> dict[str, Any]:

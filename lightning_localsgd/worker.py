@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_localsgd.anchor import require_whole
+from lightning_localsgd.averages import Averages, Round
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
@@ -37,6 +38,8 @@ class Worker:
         optimizers: what trains it.
         mean: how models are averaged.
         landing: what becomes of the mean.
+        group: on which averages travel in the background, or None for the one that all else takes.
+        seed: of the noise in roundings.
         optimizer_state: what becomes of the optimizers' states.
         measured: what is known to the schedule and the pace.
         pace: how much this worker does in a round, or None if all do the same.
@@ -56,6 +59,8 @@ class Worker:
         optimizers: Optimizers,
         mean: Mean,
         landing: Landing,
+        group: Any,
+        seed: int,
         optimizer_state: OptimizerState,
         measured: Measured,
         pace: Pace | None,
@@ -71,6 +76,9 @@ class Worker:
         self.optimizers = optimizers
         self.mean = mean
         self.landing = landing
+        self.averages = Averages(
+            mean, landing, replica, rank=header.rank, size=header.size, group=group, seed=seed, device=device
+        )
         self._optimizer_state = optimizer_state
         self.measured = measured
         self.pace = pace
@@ -92,6 +100,11 @@ class Worker:
         self._came: float | None = None  # when it came to the end of its round
         self._states_found: set[str] = set()  # of `optimizer_state`, as all know
         self._restarts: Counter[int] = Counter()  # of each rank, because it was not finite
+
+    @property
+    def is_aloft(self) -> bool:
+        """Whether an average has not landed yet: until then the replicas differ."""
+        return self.averages.flight is not None
 
     @property
     def alone(self) -> bool:
@@ -122,6 +135,8 @@ class Worker:
             self.replica.begin_round()
         if self.clock.averages_models:
             self._take_anchor()
+        if state is not None:
+            self.averages.load_state_dict(state["averages"])
         self.replica.examine()  # remembers which buffers are finite
 
     def restart(self, clock: Clock, measured: Measured, landing: dict[str, Any]) -> None:
@@ -129,6 +144,7 @@ class Worker:
         self.clock, self.measured = clock, measured
         self.landing.forget()
         self.landing.load_state_dict(landing)
+        self.averages.forget()
 
     def common_state(self, whole: bool) -> dict[str, Any]:
         """Return what a checkpoint keeps that is equal on all workers; with the anchor if ``whole``."""
@@ -153,6 +169,7 @@ class Worker:
                 "replica": self.replica.state(),
                 "measured": self.measured.own_state(),
                 "rates": self.optimizers.noted_rates(),
+                "averages": self.averages.state_dict(),
             }
 
     def ask(self, want: Want, detail: int = 0) -> Decision:
@@ -161,6 +178,8 @@ class Worker:
             return self._ask(want, detail)
 
     def _ask(self, want: Want, detail: int) -> Decision:
+        if want in (Want.ROUND, Want.OVER, Want.LEAVE):
+            self._let_land()
         message = self._message(want, detail)
         while True:
             decision = self._exchange(message)
@@ -189,13 +208,14 @@ class Worker:
     def _message(self, want: Want, detail: int = 0) -> Message:
         """Say what this worker wants; its replica does not change while it waits for it."""
         offers = want.offers_replica and not self.alone
-        counts = want.offers_replica and (self.stepped or self.touched or want is Want.LEAVE)
+        counts = want.offers_replica and (self.stepped or self.touched or self.is_aloft or want is Want.LEAVE)
         bad, self._modest = self.replica.examine() if counts else (0, False)
         return Message(
             want,
             detail,
             stepped=int(self.stepped),
             touched=int(self.touched),
+            aloft=int(self.is_aloft),
             step=self.clock.step,
             layout=self.replica.layout() if offers else 0,
             frozen=self.replica.frozen_digest() if offers else 0,
@@ -212,7 +232,7 @@ class Worker:
         return self.measured.report(
             self.optimizers.learning_rate if "learning_rate" in needs else math.nan,
             self._expected_steps() if "steps_left" in needs else math.nan,
-            self.landing.distance(self._trained_views()) if want is Want.CHECK else math.nan,
+            self.averages.distance() if want is Want.CHECK else math.nan,
         )
 
     def _exchange(self, message: Message) -> Decision:
@@ -280,13 +300,24 @@ class Worker:
         self.measured.note_step()
         if self.clock.averages_models:
             self.stepped = True
+            if self.averages.flight is not None and self.averages.flight.tick():
+                self._let_land()
             if over or (self.clock.is_at_check() and self._check()):
                 self._settle()
                 self._came = time.perf_counter()
-                self.ask(Want.ROUND)
+                self.end_round()
         elif over:  # all replicas are equal: their gradients were averaged
             self.clock.next_round(self.clock.step)
             self._plan_if_known()
+
+    def end_round(self, at_once: bool = False) -> None:
+        """Average, with the others, or begin to.
+
+        Args:
+            at_once: whether to average before going on although averages have a delay.
+        """
+        # If other parameters are trained from here on, the next round must start from the same values everywhere.
+        self.ask(Want.ROUND, detail=int(self.mean.delay > 0 and (at_once or self.replica.changes)))
 
     def is_idle(self) -> bool:
         """Before a batch: whether this worker has no step left in this round."""
@@ -301,14 +332,14 @@ class Worker:
     def end_last_step(self) -> None:
         """After this worker's last step of a pass over the data, before any validation."""
         if self.clock.ends_with_pass():
-            self.ask(Want.ROUND)
+            self.end_round()
 
     def end_pass(self) -> int:
         """After the last step of a pass over the data; waits for the others, and returns the furthest one's step."""
         decision = self.ask(Want.ENDED)
         if any(decision.weights):  # else all rounds have ended with its last steps
             if self.clock.ends_with_pass():
-                self.ask(Want.ROUND)
+                self.end_round()
             else:
                 self.clock.passes += 1
         return decision.step
@@ -352,35 +383,71 @@ class Worker:
         """Take note of where a round starts."""
         if self.landing.is_needed:
             self.landing.begin(self.replica.trained())
-
-    def _trained_views(self) -> list[Tensor]:
-        return [piece for _, _, pieces in self.replica.trained() for piece in pieces]
+        elif self.mean.delay:
+            require_whole(self.replica.trained())
 
     def _end_round(self, decision: Decision) -> None:
         if not any(decision.weights):
             return
-        counted = [report for report, weight in zip(decision.reports, decision.weights, strict=True) if weight]
+        self._let_land()
         start = time.perf_counter()
+        later = self.mean.delay > 0 and decision.want is Want.ROUND and not decision.detail
         with torch.profiler.record_function("localsgd::round"):
-            apart, together = self._land(decision)
+            of = self._round(decision, start)
+            if later:
+                self.averages.launch(of, self._modest)
+            else:
+                apart, together = self.averages.now(of, self._modest)
+        counted = [report for report, weight in zip(decision.reports, decision.weights, strict=True) if weight]
         self.measured.hear(counted, ends_round=True)
         if self.pace is not None:
             self.pace.hear([report.step_seconds for report in decision.reports])
-        self._restart_nonfinite(decision)
+        self._tell_of_nonfinite(decision)
         self._average_states(decision)
+        if not later:
+            self._restart_states(of)
         scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
         if min(scales):
             self.optimizers.loss_scale = min(scales)
-        steps = decision.step - self.clock.start
-        came, self._came = self._came, None
-        waited = start - came if came is not None else math.nan
-        self.measured.note_average(steps, self._seconds_since(start), waited, apart, together)
+        self._blocked = self._seconds_since(start)
+        if not later:
+            self.measured.note_average(of.steps, self._blocked, of.waited, apart, together)
+        self.measured.start_round()
         self.stepped = self.touched = False
         self.replica.begin_round()
-        self._take_anchor()
+        if not later:
+            self._take_anchor()
         self.clock.next_round(decision.step)
         self._plan_if_known()
-        self.at_consensus()
+        if not later:
+            self.at_consensus()
+
+    def _let_land(self) -> None:
+        """Go on from the average that is under way, if there is one."""
+        if self.averages.flight is None:
+            return
+        with self.measured.pause():
+            start, of = time.perf_counter(), self.averages.flight.of
+            apart, together = self.averages.land(self.at_consensus)
+            self._restart_states(of)
+            self.measured.note_average(of.steps, self._blocked + self._seconds_since(start), of.waited, apart, together)
+
+    def _round(self, decision: Decision, start: float) -> Round:
+        """Return what the workers know of the round that ends."""
+        weights = decision.weights
+        came, self._came = self._came, None
+        factor = 1.0
+        if self.pace is not None:
+            factor = self.pace.factor([step - self.clock.start for step in decision.steps], weights)
+        return Round(
+            number=self.clock.round,
+            weights=weights,
+            left_out=self._header.rank in decision.left_out,
+            rates=self._rates(weights),
+            factor=factor,
+            steps=decision.step - self.clock.start,
+            waited=start - came if came is not None else math.nan,
+        )
 
     def _settle(self) -> None:
         """Let the device end its work, where that is timed."""
@@ -390,24 +457,6 @@ class Worker:
     def _seconds_since(self, start: float) -> float:
         self._settle()
         return time.perf_counter() - start
-
-    def _land(self, decision: Decision) -> tuple[float, float]:
-        """Average the replicas and start from there; return how far they had moved apart and together, squared."""
-        weights = decision.weights
-        if not self.landing.is_needed:
-            self.average(weights)
-            return math.nan, math.nan
-        trained = self.replica.trained()
-        views = [piece for _, _, pieces in trained for piece in pieces]
-        then, rank = self.landing.round(self._rates(weights)), self._header.rank
-        first = None
-        if self.pace is not None:
-            first = self.landing.scaled(self.pace.factor([step - self.clock.start for step in decision.steps], weights))
-        self.mean.average(views, weights, rank, modest=self._modest, first=first, then=then)
-        rest = self.replica.rest()
-        if rest and not self.alone:
-            self.mean.average(rest, weights, rank, modest=self._modest)
-        return self.landing.finish([parameter for _, parameter, _ in trained])
 
     def _rates(self, weights: Sequence[int]) -> Mapping[str, float]:
         """Return the mean learning rate over the steps of this round and the workers, for each parameter."""
@@ -424,9 +473,8 @@ class Worker:
 
     def _average_states(self, decision: Decision) -> None:
         rule, optimizers = self._optimizer_state, self.optimizers.all()
-        if rule == "reset":
+        if rule == "reset":  # where the next round starts
             found, what = any(optimizer.state for optimizer in optimizers), "a state to reset"
-            self.optimizers.reset()
         elif isinstance(rule, AverageState):
             due = rule.due(self.clock.round + 1)
             if due is not None and not due:
@@ -453,7 +501,13 @@ class Worker:
         elif any(stepped for _, stepped in told):
             raise ValueError(f'`optimizer_state` must be "keep" where no optimizer keeps {what}.')
 
-    def _restart_nonfinite(self, decision: Decision) -> None:
+    def _restart_states(self, of: Round) -> None:
+        if self._optimizer_state == "reset":
+            self.optimizers.reset()
+        if of.left_out:
+            self.optimizers.reset(gradients=True)
+
+    def _tell_of_nonfinite(self, decision: Decision) -> None:
         for rank in decision.left_out:
             self._restarts[rank] += 1
             rank_zero_warn(
@@ -461,8 +515,6 @@ class Worker:
                 f"`{self.replica.name(decision.bad[rank])}` has a NaN or an infinite value, and restarts from the mean "
                 f"of the others with a new optimizer state: restart {self._restarts[rank]} of this rank."
             )
-            if rank == self._header.rank:
-                self.optimizers.reset(gradients=True)
 
     def average(self, weights: Sequence[int], write: bool = True) -> None:
         """Average the replicas that count; without ``write``, only contribute."""
