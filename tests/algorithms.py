@@ -27,6 +27,7 @@ from lightning_localsgd import (
     EveryEpoch,
     Listed,
     LocalSGDStrategy,
+    Mean,
     Outer,
     PostLocal,
     Proportional,
@@ -66,6 +67,7 @@ class Algorithm:
         warmup: steps in which gradients are averaged.
         begin: the reference's restart.
         state: the reference's optimizer state.
+        mean: how workers agree.
     """
 
     period: Any
@@ -79,6 +81,7 @@ class Algorithm:
     warmup: int = 0
     begin: Callable[[nn.Module], reference.Restart] = reference.plain
     state: str = "keep"
+    mean: Mean = Mean()
 
 
 def every(period: int, start: int = 0) -> Callable[..., int]:
@@ -189,6 +192,37 @@ def algorithms() -> dict[str, Algorithm]:
         "SlowMo x reset": Algorithm(
             **four, outer=SlowMo(1.0, 0.6), begin=slow(1.0, 0.6), optimizer_state="reset", state="reset"
         ),
+        # delays
+        "delay 1": Algorithm(**four, mean=Mean(delay=1)),
+        "delay of a round": Algorithm(**four, mean=Mean(delay=4), optimizer="adamw"),
+        "delay that ends in the midst of the last round": Algorithm(**four, mean=Mean(delay=3), steps=26),
+        "delay x EveryEpoch": Algorithm(EveryEpoch(), every(EPOCH), mean=Mean(delay=3), steps=44),
+        "delay x Stages": Algorithm(
+            Stages({0: 2, 8: 6}), lambda N, lr, s, t: 2 if t < 8 else 6, mean=Mean(delay=4), steps=44
+        ),
+        "delay x PostLocal x DiLoCo": Algorithm(
+            PostLocal(6, then=4),
+            lambda N, lr, s, t: 1 if t < 6 else 4,
+            mean=Mean(delay=2),
+            outer=DiLoCo(),
+            begin=nesterov(),
+            warmup=6,
+            steps=34,
+        ),
+        "delay x SlowMo x reset": Algorithm(
+            **four,
+            mean=Mean(delay=3),
+            outer=SlowMo(0.9, 0.5),
+            begin=slow(0.9, 0.5),
+            optimizer_state="reset",
+            state="reset",
+            factor=falling,
+        ),
+        "delay x Outer(Adafactor)": Algorithm(**four, mean=Mean(delay=2), **with_optimizer(adafactor)),
+        "delay x DriftLimit": Algorithm(DriftLimit(0.5, first=4, check=2), None, mean=Mean(delay=2), steps=40),
+        "delay x CommBudget": Algorithm(
+            CommBudget(0.3, at_least=3, at_most=6, first=4), None, mean=Mean(delay=2), steps=32
+        ),
     }
 
 
@@ -234,7 +268,9 @@ def run(workers: int, names: list[str]) -> dict[str, Any]:
     for name in names:
         algorithm, watch = algorithms()[name], Watch()
         model = Model(algorithm)
-        strategy = LocalSGDStrategy(algorithm.period, outer=algorithm.outer, optimizer_state=algorithm.optimizer_state)
+        strategy = LocalSGDStrategy(
+            algorithm.period, mean=algorithm.mean, outer=algorithm.outer, optimizer_state=algorithm.optimizer_state
+        )
         fit = trainer(workers, strategy, callbacks=[watch], max_epochs=-1, max_steps=algorithm.steps)
         fit.fit(model, loader([EPOCH] * workers))
         found[name] = watch.states, sorted({start for start in watch.starts if start}), model.losses
@@ -285,6 +321,7 @@ def serial(algorithm: Algorithm, workers: int, ends: list[int]) -> Iterator[list
         gamma=rate_of(algorithm, workers),
         warmup=algorithm.warmup,
         state=algorithm.state,
+        delay=algorithm.mean.delay,
     )
 
 

@@ -70,6 +70,7 @@ def restarted_sgd(
     gamma: Callable[[int], float],
     warmup: int = 0,
     state: str = "keep",
+    delay: int = 0,
 ) -> Iterator[list[nn.Module]]:
     """Rounds of local steps, each of which ends with a restart: the grid of which all algorithms are points.
 
@@ -81,6 +82,7 @@ def restarted_sgd(
         gamma: the learning rate of step t, from 1.
         warmup: steps before the first round, in which gradients are averaged.
         state: what becomes of the optimizers' states at the end of a round.
+        delay: steps from there to the restart, in which all go on from where they are.
 
     Yields:
         The models of all workers after each step.
@@ -88,6 +90,7 @@ def restarted_sgd(
     xs = [deepcopy(x) for _ in range(N)]
     steps = [optimizer(x_i) for x_i in xs]
     restart, gammas = begin(x), []
+    aloft: tuple[int, list[nn.Module], list[float]] | None = None  # until step, from, learning rates
     for t in range(1, T + 1):
         for i in range(N):
             steps[i].param_groups[0]["lr"] = gamma(t)
@@ -98,13 +101,31 @@ def restarted_sgd(
         for step in steps:
             step.step()
         gammas.append(gamma(t))
+        if aloft is not None and (t == aloft[0] or t in ends or t == T):
+            land(xs, aloft[1], lambda starts, of=aloft[2]: restart(starts, of))
+            average_or_reset(steps, state)
+            aloft = None
         if t == warmup:
             restart, gammas = begin(xs[0]), []
-        elif t > warmup and (t in ends or t == T):
+        elif t > warmup and t in ends and t < T and delay:
+            aloft, gammas = (t + delay, [deepcopy(x_i) for x_i in xs], gammas), []
+        elif t > warmup and (t in ends or t == T) and gammas:
             restart(xs, gammas)
             average_or_reset(steps, state)
             gammas = []
         yield xs
+
+
+@torch.no_grad()
+def land(xs: list[nn.Module], s: list[nn.Module], restart: Callable[[list[nn.Module]], None]) -> None:
+    """CoCoD-SGD's x_i <- a' + (x_i - s_i), where a' = 1/N sum_j s_j or an outer step; floating buffers take their mean."""
+    starts = [deepcopy(s_i) for s_i in s]
+    restart(starts)
+    for x_i, s_i, a in zip(xs, s, starts, strict=True):
+        for x, own, start in zip(x_i.parameters(), s_i.parameters(), a.parameters(), strict=True):
+            x.copy_(start + (x - own))
+        for x, own, start in zip(x_i.buffers(), s_i.buffers(), a.buffers(), strict=True):
+            x.copy_(start if x.is_floating_point() else start + (x - own))
 
 
 def heterogeneous(
