@@ -27,6 +27,7 @@ class Flight:
         self.mean = Anchor(trained)  # the same, and then their mean
         self.steps = steps
         self.of = of
+        self.seconds = 0.0  # that it has taken this worker's own time so far
         self._rest = [view.clone() for view in rest]
         self._rest_mean = [view.clone() for view in rest]
         self._first_buffer = len(rest) - buffers
@@ -108,10 +109,12 @@ class Flight:
         """Return all of it as tensors and plain numbers, once the mean has arrived."""
         self.arrive()
         of = self.of._asdict()
-        return {"steps": self.steps, "of": of | {"rates": dict(of["rates"])}, "values": self._values()}
+        of |= {"rates": dict(of["rates"])}
+        return {"steps": self.steps, "of": of, "seconds": self.seconds, "values": self._values()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the values; it is of parameters like these."""
+        self.seconds = state["seconds"]
         torch._foreach_copy_(self._values(), state["values"])
 
     def _values(self) -> list[Tensor]:

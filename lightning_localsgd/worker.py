@@ -409,9 +409,11 @@ class Worker:
         scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
         if min(scales):
             self.optimizers.loss_scale = min(scales)
-        self._blocked = self._seconds_since(start)
-        if not later:
-            self.measured.note_average(of.steps, self._blocked, of.waited, apart, together)
+        seconds = self._seconds_since(start)
+        if self.averages.flight is not None:
+            self.averages.flight.seconds = seconds
+        else:
+            self.measured.note_average(of.steps, seconds, of.waited, apart, together)
         self.measured.start_round()
         self.stepped = self.touched = False
         self.replica.begin_round()
@@ -427,10 +429,11 @@ class Worker:
         if self.averages.flight is None:
             return
         with self.measured.pause():
-            start, of = time.perf_counter(), self.averages.flight.of
+            start, flight = time.perf_counter(), self.averages.flight
             apart, together = self.averages.land(self.at_consensus)
-            self._restart_states(of)
-            self.measured.note_average(of.steps, self._blocked + self._seconds_since(start), of.waited, apart, together)
+            self._restart_states(flight.of)
+            seconds = flight.seconds + self._seconds_since(start)  # in which it had to wait
+            self.measured.note_average(flight.of.steps, seconds, flight.of.waited, apart, together)
 
     def _round(self, decision: Decision, start: float) -> Round:
         """Return what the workers know of the round that ends."""

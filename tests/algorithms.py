@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Algorithm:
     warmup: int = 0
     begin: Callable[[nn.Module], reference.Restart] = reference.plain
     state: str = "keep"
-    mean: Mean = Mean()
+    mean: Mean = field(default_factory=Mean)
 
 
 def every(period: int, start: int = 0) -> Callable[..., int]:

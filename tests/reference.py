@@ -102,7 +102,7 @@ def restarted_sgd(
             step.step()
         gammas.append(gamma(t))
         if aloft is not None and (t == aloft[0] or t in ends or t == T):
-            land(xs, aloft[1], lambda starts, of=aloft[2]: restart(starts, of))
+            land(xs, aloft[1], aloft[2], restart)
             average_or_reset(steps, state)
             aloft = None
         if t == warmup:
@@ -117,10 +117,10 @@ def restarted_sgd(
 
 
 @torch.no_grad()
-def land(xs: list[nn.Module], s: list[nn.Module], restart: Callable[[list[nn.Module]], None]) -> None:
-    """CoCoD-SGD's x_i <- a' + (x_i - s_i), where a' = 1/N sum_j s_j or an outer step; floating buffers take their mean."""
+def land(xs: list[nn.Module], s: list[nn.Module], gammas: list[float], restart: Restart) -> None:
+    """CoCoD-SGD: x_i <- a' + (x_i - s_i), a' being the mean of s or an outer step; floating buffers take the mean."""
     starts = [deepcopy(s_i) for s_i in s]
-    restart(starts)
+    restart(starts, gammas)
     for x_i, s_i, a in zip(xs, s, starts, strict=True):
         for x, own, start in zip(x_i.parameters(), s_i.parameters(), a.parameters(), strict=True):
             x.copy_(start + (x - own))

@@ -93,6 +93,7 @@ class Case:
     stream: Any = None  # "stateful" or "plain"
     scheduler: Any = None
     bucket_mb: float = 64.0
+    mean: Mean = field(default_factory=Mean)
     checkpoint: str = "exact"
 
 
@@ -238,7 +239,7 @@ def run(case, folder=None, saver=None, resume=None, callbacks=()):
     model, loader = model_of(case), loader_of(case)
     strategy = LocalSGDStrategy(
         case.period,
-        mean=Mean(bucket_mb=case.bucket_mb),
+        mean=replace(case.mean, bucket_mb=case.bucket_mb),
         outer=case.outer,
         optimizer_state=case.optimizer_state,
         pace=case.pace,

@@ -17,6 +17,7 @@ from lightning_localsgd import (
     DriftLimit,
     EveryEpoch,
     LocalSGDStrategy,
+    Mean,
     Outer,
     PostLocal,
     Proportional,
@@ -95,6 +96,22 @@ CASES = {
     "one average": (Case(period=AtEnd(), epochs=2), EVERY),
     "stages by epochs": (Case(period=Stages({0: 2, 1: 5}, unit="epoch")), EVERY),
     "averaged moments": (Case(optimizer_state=AverageState({"exp_avg": 1, "exp_avg_sq": 2})), EVERY),
+    "an average in flight, batch norm": (
+        Case(mean=Mean(delay=3), kind="norm", period=5),
+        {"every_n_train_steps": 1},
+    ),
+    "int4 in flight, with DiLoCo": (
+        Case(mean=Mean(wire="int4", delay=2), outer=DiLoCo(), epochs=2),
+        {"every_n_train_steps": 1},
+    ),
+    "int8 with noise, in small buckets": (
+        Case(mean=Mean(wire="int8", rounding="stochastic"), bucket_mb=2**-9, optimizer="momentum"),
+        {"every_n_train_steps": 3},
+    ),
+    "bfloat16 in flight for a whole round": (
+        Case(mean=Mean(wire="bfloat16", delay=4), options={"val_check_interval": 3}),
+        {"every_n_train_steps": 3},
+    ),
     "paces": (
         Case(pace=Proportional((1, 0.4)), options=DEALT, scheduler="step", batches=14),
         {"every_n_train_steps": 4},
