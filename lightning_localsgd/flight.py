@@ -99,7 +99,9 @@ class Flight:
                     s.copy_(start)
                 else:
                     wide = s.dtype if s.is_floating_point() else torch.int64
-                    s.copy_(x.to(wide).sub(s.to(wide)).add_(start.to(wide)))  # x - s first: 0 leaves the start
+                    x_, s_, start_ = x.to(wide), s.to(wide), start.to(wide)
+                    # Who has not moved is at the start, and where the start is s nothing changes, bit for bit.
+                    s.copy_(torch.where(x_ == s_, start_, x_ + (start_ - s_)))
                 x.copy_(start)
         yield
         with torch.no_grad():

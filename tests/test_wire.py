@@ -23,9 +23,7 @@ def there_and_back(form, values, generator=None):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@given(
-    seed=st.integers(0, 2**32), exponent=st.integers(-30, 30), rows=st.integers(1, 3), blocks=st.integers(1, 4)
-)
+@given(seed=st.integers(0, 2**32), exponent=st.integers(-30, 30), rows=st.integers(1, 3), blocks=st.integers(1, 4))
 def test_what_arrives_is_near_and_what_is_left_out_is_the_difference(name, seed, exponent, rows, blocks):
     form, (limit, _) = FORMATS[name], LIMITS[name]
     block = max(form.block, 4)
