@@ -1,4 +1,4 @@
-"""Averages that land some steps after their round: where, what is seen meanwhile, and what happens when something fails."""
+"""Averages that land some steps after their round: where, what is seen meanwhile, and what if something fails."""
 
 import time
 from datetime import timedelta
@@ -222,8 +222,8 @@ def ema(delay):
 
 @pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="of lightning 2.6")
 def test_an_average_of_weights_follows_the_starts_of_rounds():
-    # Of the starts -4.5, -9 and -13.5, which a delay leaves the same where gradients are constant.
-    assert run_workers(ema, 2, 0) == run_workers(ema, 2, 2) == [-10.125, -10.125]
+    # Of the starts -4.5, -9 and -13.5, each for 3 steps; a delay leaves them the same where gradients are constant.
+    assert run_workers(ema, 2, 0) == run_workers(ema, 2, 2) == [-12.8671875, -12.8671875]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class Average:
                     self._update()
                 self._callback._latest_update_epoch = epoch_idx
             return False
-        elif self._asked == self._clock.start:
+        elif self._asked == self._clock.start or self._trainer.strategy.worker.is_aloft:
             return False
         else:  # the step that ended the last round of averaged gradients, in which replicas were equal
             self._asked = self._clock.start
