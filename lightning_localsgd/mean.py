@@ -245,3 +245,9 @@ def grouped(tensors: Sequence[Tensor]) -> dict[Group, list[int]]:
             dtype = torch.float32
         groups.setdefault((dtype, tensor.device), []).append(place)
     return groups
+
+
+def payload(tensors: Sequence[Tensor]) -> int:
+    """Return how many bytes of these tensors go into an average: of each element, in the dtype it is reduced in."""
+    groups = grouped(tensors).items()
+    return sum(dtype.itemsize * sum(tensors[place].numel() for place in places) for (dtype, _), places in groups)

@@ -100,6 +100,11 @@ class Replica:
         """Return the same views for the buffers alone."""
         return [piece for buffer in self._module.buffers() for piece in pieces(buffer)]
 
+    def gradient_bytes(self) -> int:
+        """Return how many bytes the gradients have."""
+        parameters = (parameter for parameter in self._module.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
     def lines(self) -> list[Line]:
         """Describe each tensor; replicas can be averaged if their lines are equal.
 

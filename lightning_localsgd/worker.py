@@ -17,12 +17,13 @@ from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
-from lightning_localsgd.mean import Mean
-from lightning_localsgd.moments import AverageState, average_states, mean_state
+from lightning_localsgd.mean import Mean, payload
+from lightning_localsgd.moments import AverageState, average_states, averaged, mean_state
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.pace import Pace
-from lightning_localsgd.progress import Measured, Report
+from lightning_localsgd.progress import Measured, Report, Squares
 from lightning_localsgd.replica import Replica, Snapshot, difference
+from lightning_localsgd.rounds import Rounds
 
 OptimizerState = Literal["keep", "reset"] | AverageState
 
@@ -40,6 +41,7 @@ class Worker:
         optimizer_state: what becomes of the optimizers' states.
         measured: what is known to the schedule and the pace.
         pace: how much this worker does in a round, or None if all do the same.
+        rounds: tells of each round to those who listen.
         device: where tensors must be to travel.
         epoch: returns how many passes over the data are completed.
         expected_steps: returns how many steps this worker expects in the whole run, or NaN.
@@ -59,6 +61,7 @@ class Worker:
         optimizer_state: OptimizerState,
         measured: Measured,
         pace: Pace | None,
+        rounds: Rounds,
         device: torch.device,
         epoch: Callable[[], int],
         expected_steps: Callable[[], float],
@@ -74,6 +77,7 @@ class Worker:
         self._optimizer_state = optimizer_state
         self.measured = measured
         self.pace = pace
+        self.rounds = rounds
         self._epoch = epoch
         self._expected_steps = expected_steps
         self.collectives = Collectives(self.ask, device)
@@ -207,7 +211,7 @@ class Worker:
     def _report(self, want: Want) -> Report:
         """Say what the schedule wants to know of this worker."""
         needs = self.measured.needs
-        if not needs:
+        if not self.measured.measures:
             return Report()
         return self.measured.report(
             self.optimizers.learning_rate if "learning_rate" in needs else math.nan,
@@ -285,6 +289,7 @@ class Worker:
                 self._came = time.perf_counter()
                 self.ask(Want.ROUND)
         elif over:  # all replicas are equal: their gradients were averaged
+            self._tell_of_gradients()
             self.clock.next_round(self.clock.step)
             self._plan_if_known()
 
@@ -362,7 +367,7 @@ class Worker:
         counted = [report for report, weight in zip(decision.reports, decision.weights, strict=True) if weight]
         start = time.perf_counter()
         with torch.profiler.record_function("localsgd::round"):
-            apart, together = self._land(decision)
+            squares = self._land(decision)
         self.measured.hear(counted, ends_round=True)
         if self.pace is not None:
             self.pace.hear([report.step_seconds for report in decision.reports])
@@ -373,8 +378,9 @@ class Worker:
             self.optimizers.loss_scale = min(scales)
         steps = decision.step - self.clock.start
         came, self._came = self._came, None
-        waited = start - came if came is not None else math.nan
-        self.measured.note_average(steps, self._seconds_since(start), waited, apart, together)
+        seconds, waited = self._seconds_since(start), start - came if came is not None else math.nan
+        self.measured.note_average(steps, seconds, waited, squares)
+        self._tell_of_models(decision, seconds, waited)
         self.stepped = self.touched = False
         self.replica.begin_round()
         self._take_anchor()
@@ -384,19 +390,19 @@ class Worker:
 
     def _settle(self) -> None:
         """Let the device end its work, where that is timed."""
-        if "seconds" in self.measured.needs and self._device.type == "cuda":
+        if "seconds" in self.measured.measures and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def _seconds_since(self, start: float) -> float:
         self._settle()
         return time.perf_counter() - start
 
-    def _land(self, decision: Decision) -> tuple[float, float]:
-        """Average the replicas and start from there; return how far they had moved apart and together, squared."""
+    def _land(self, decision: Decision) -> Squares:
+        """Average the replicas and start from there; return how far they had moved."""
         weights = decision.weights
         if not self.landing.is_needed:
             self.average(weights)
-            return math.nan, math.nan
+            return Squares()
         trained = self.replica.trained()
         views = [piece for _, _, pieces in trained for piece in pieces]
         then, rank = self.landing.round(self._rates(weights)), self._header.rank
@@ -408,6 +414,34 @@ class Worker:
         if rest and not self.alone:
             self.mean.average(rest, weights, rank, modest=self._modest)
         return self.landing.finish([parameter for _, parameter, _ in trained])
+
+    def _tell_of_models(self, decision: Decision, seconds: float, waited: float) -> None:
+        if self.rounds.are_heard:
+            rule, due = self._optimizer_state, None
+            moments: list[Tensor] = []
+            if isinstance(rule, AverageState):
+                due = rule.due(self.clock.round + 1)
+                moments = averaged(self.optimizers.all(), due) if due is None or due else []
+            self.rounds.end(
+                self.clock.round,
+                step=decision.step,
+                steps=decision.step - self.clock.start,
+                payload=payload(self.replica.sent()) + payload(moments),
+                payload_of_ddp=self._payload_of_ddp(),
+                weights=decision.weights,
+                average_seconds=seconds,
+                waited=waited,
+                reports=decision.reports,
+            )
+
+    def _tell_of_gradients(self) -> None:
+        if self.rounds.are_heard:
+            sent = self._payload_of_ddp()
+            clock = self.clock
+            self.rounds.end(clock.round, step=clock.step, steps=clock.taken, payload=sent, payload_of_ddp=sent)
+
+    def _payload_of_ddp(self) -> int:
+        return self.replica.gradient_bytes() + payload(self.replica.buffers())
 
     def _rates(self, weights: Sequence[int]) -> Mapping[str, float]:
         """Return the mean learning rate over the steps of this round and the workers, for each parameter."""
@@ -472,7 +506,9 @@ class Worker:
     def leave(self) -> None:
         """Say the last word of the fit, and average once more if the replicas are no longer equal."""
         if not self.alone:
-            weights = self.ask(Want.LEAVE, self.replica.digest()).weights
+            decision = self.ask(Want.LEAVE, self.replica.digest())
+            self.rounds.tell_spread(decision.reports)
+            weights = decision.weights
             if any(weights):  # frozen parameters too
                 self.mean.average(self.replica.tensors(), weights, self._header.rank)
 
