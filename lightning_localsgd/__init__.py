@@ -9,11 +9,14 @@ from lightning_localsgd.adaptive import DriftLimit as DriftLimit
 from lightning_localsgd.checkpoint import adopt_replica as adopt_replica
 from lightning_localsgd.mean import Mean as Mean
 from lightning_localsgd.moments import AverageState as AverageState
+from lightning_localsgd.monitor import LocalSGDMonitor as LocalSGDMonitor
 from lightning_localsgd.outer import DiLoCo as DiLoCo
 from lightning_localsgd.outer import Outer as Outer
 from lightning_localsgd.outer import SlowMo as SlowMo
 from lightning_localsgd.pace import Proportional as Proportional
 from lightning_localsgd.progress import Progress as Progress
+from lightning_localsgd.rounds import Round as Round
+from lightning_localsgd.rounds import Spread as Spread
 from lightning_localsgd.schedule import AtEnd as AtEnd
 from lightning_localsgd.schedule import Epochs as Epochs
 from lightning_localsgd.schedule import Every as Every
