@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_localsgd.anchor import Anchor, Trained
 from lightning_localsgd.mean import Bucket
 from lightning_localsgd.outer import OuterStep, Stepper
-from lightning_localsgd.progress import Squares
 
 
 class Landing:
@@ -19,21 +18,19 @@ class Landing:
 
     Args:
         outer: makes the next start, or None for the mean itself.
-        measures: how far the replicas are "apart", or also how far they "moved" from the anchor; None is neither.
+        measures: whether to measure the drift.
         scales: whether workers' movements are scaled before their mean is taken.
     """
 
-    def __init__(
-        self, outer: OuterStep | None, measures: Literal["apart", "moved"] | None, scales: bool = False
-    ) -> None:
+    def __init__(self, outer: OuterStep | None, measures: bool, scales: bool = False) -> None:
         self._outer = outer
         self._measures = measures
-        self._has_anchor = outer is not None or scales or measures == "moved"
+        self._scales = scales
         self._anchor: Anchor | None = None
         self._stepper: Stepper | None = None
         self._rates: Mapping[str, float] = {}
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is an anchor
-        self._squares = Squares()
+        self._squares = {"apart": 0.0, "together": 0.0}
 
     @property
     def steps(self) -> bool:
@@ -43,7 +40,7 @@ class Landing:
     @property
     def is_needed(self) -> bool:
         """Whether there is anything to do beside taking the mean."""
-        return self._has_anchor or self._measures is not None
+        return self._outer is not None or self._measures or self._scales
 
     @property
     def needs_rates(self) -> bool:
@@ -52,8 +49,6 @@ class Landing:
 
     def begin(self, parameters: Sequence[Trained]) -> None:
         """A round begins with these parameters, which hold the anchor; where they are the same it is known already."""
-        if not self._has_anchor:
-            return
         names = [name for name, _, _ in parameters]
         if self._anchor is not None and [line.name for line in self._anchor.lines] == names:
             return
@@ -71,7 +66,7 @@ class Landing:
     def round(self, rates: Mapping[str, float]) -> Callable[[Bucket], None]:
         """Return what is done with each bucket of this round's mean."""
         self._rates = rates
-        self._squares = Squares(0.0, 0.0, 0.0) if self._measures == "moved" else Squares(apart=0.0)
+        self._squares = {"apart": 0.0, "together": 0.0}
         return self._land
 
     def scaled(self, factor: float) -> Callable[[Bucket], None] | None:
@@ -89,18 +84,13 @@ class Landing:
 
     @torch.no_grad()
     def _land(self, bucket: Bucket) -> None:
-        if self._measures is not None:
-            self._squares = self._squares._replace(apart=self._squares.apart + _sum(bucket.here, bucket.there))
-        if not self._has_anchor:
-            return
         assert self._anchor is not None
         stop = bucket.start + len(bucket.values)
         anchor = self._anchor.values[bucket.group][bucket.start : stop]
-        if self._measures == "moved":
-            together = _squared_distance(bucket.values.to(anchor.device), anchor)
-            moved = _sum(torch.split(anchor, [len(piece) for piece in bucket.there]), bucket.there)
-            apart = self._squares.apart
-            self._squares = Squares(apart, self._squares.together + together, self._squares.moved + moved)
+        if self._measures:
+            apart = [_squared_distance(mean, own) for mean, own in zip(bucket.here, bucket.there, strict=True)]
+            self._squares["apart"] += math.fsum(apart)
+            self._squares["together"] += _squared_distance(bucket.values.to(anchor.device), anchor)
         if self._stepper is None:
             anchor.copy_(bucket.values)
         elif self._stepper.in_pieces:
@@ -115,12 +105,14 @@ class Landing:
                 mean.copy_(mean.to(own.dtype))
             anchor.copy_(bucket.values)
 
-    def finish(self, parameters: Sequence[Tensor]) -> Squares:
-        """End the round; return how far all had moved."""
+    def finish(self, parameters: Sequence[Tensor]) -> tuple[float, float]:
+        """End the round; return the squared distances apart and together, NaN if they are not measured."""
         if self._stepper is not None and not self._stepper.in_pieces:
             with torch.profiler.record_function("localsgd::outer"):
                 self._stepper.finish(parameters)
-        return self._squares if self._measures is not None and parameters else Squares()
+        if not self._measures:
+            return math.nan, math.nan
+        return self._squares["apart"], self._squares["together"]
 
     def rest(self) -> None:
         """After the last round: keep only what :meth:`state_dict` gives without the anchor."""
@@ -162,10 +154,6 @@ class Landing:
             self._stepper.load_state_dict(state.get("outer", {}))
         if "anchor" in state:
             self._anchor.load_state_dict(state["anchor"])
-
-
-def _sum(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    return math.fsum(_squared_distance(one, other) for one, other in zip(some, others, strict=True))
 
 
 def _squared_distance(one: Tensor, other: Tensor) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_localsgd import _lightning
-from lightning_localsgd.rounds import Round, Spread
+from lightning_localsgd.rounds import Round
+from lightning_localsgd.spread import Spread
 from lightning_localsgd.strategy import LocalSGD
 
 _PREFIX = "localsgd/"

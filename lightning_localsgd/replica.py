@@ -96,6 +96,16 @@ class Replica:
         """Return the same views for the tensors that an average sends: all, but for what is frozen and skipped."""
         return [piece for name, tensor in self._named() if not self._rests(name, tensor) for piece in pieces(tensor)]
 
+    def keys(self) -> list[tuple[str, int] | None]:
+        """Name those of :meth:`sent` that are trained: the parameter, and which piece of its memory."""
+        parameters = {id(parameter) for parameter in self._module.parameters()}
+        return [
+            (name, place) if tensor.requires_grad and id(tensor) in parameters else None
+            for name, tensor in self._named()
+            if not self._rests(name, tensor)
+            for place, _ in enumerate(pieces(tensor))
+        ]
+
     def buffers(self) -> list[Tensor]:
         """Return the same views for the buffers alone."""
         return [piece for buffer in self._module.buffers() for piece in pieces(buffer)]

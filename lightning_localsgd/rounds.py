@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_localsgd.progress import Need, Report
+from lightning_localsgd.spread import Probe, Spread, known
 
 
 @dataclass(frozen=True)
@@ -50,70 +51,6 @@ class Round:
         """The rank with the longest local steps, or None where that is not known."""
         known = [(seconds, -rank) for rank, seconds in enumerate(self.step_seconds) if seconds > 0]
         return -max(known)[1] if len(known) > 1 else None
-
-
-@dataclass(frozen=True)
-class Spread:
-    r"""How far the replicas had moved apart, and together, when they were averaged.
-
-    With the anchor a, replicas :math:`x_i`, their mean :math:`\bar x`, and the workers' updates
-    :math:`u_i = x_i - a` with their mean :math:`\bar u`, over the N workers that counted in the mean and the parameters
-    that are trained. What is not known is NaN.
-
-    Args:
-        number: of the round.
-        apart: of each worker :math:`\lVert x_i - \bar x \rVert`; NaN where it did not count.
-        moved: of each worker :math:`\lVert u_i \rVert`; NaN without an anchor, and where it did not count.
-        together: :math:`\lVert \bar u \rVert`, or NaN without an anchor.
-    """
-
-    number: int
-    apart: tuple[float, ...]
-    moved: tuple[float, ...]
-    together: float
-
-    @property
-    def drift(self) -> float:
-        r""":math:`\sqrt{\frac{1}{N} \sum_i \lVert x_i - \bar x \rVert^2}`."""
-        apart = _known(self.apart)
-        return math.sqrt(math.fsum(one**2 for one in apart) / len(apart)) if apart else math.nan
-
-    @property
-    def relative(self) -> float:
-        r"""The drift over :math:`\lVert \bar u \rVert`."""
-        return self.drift / self.together if self.together > 0 else math.nan
-
-    @property
-    def cosine(self) -> float:
-        r"""The mean cosine of two workers' updates, each pair weighted by the product of their lengths.
-
-        .. math:: \frac{\sum_{i \ne j} u_i \cdot u_j}{\sum_{i \ne j} \lVert u_i \rVert \lVert u_j \rVert}
-            = \frac{N^2 \lVert \bar u \rVert^2 - \sum_i \lVert u_i \rVert^2}
-                   {(\sum_i \lVert u_i \rVert)^2 - \sum_i \lVert u_i \rVert^2}
-        """
-        moved = _known(self.moved)
-        squares = math.fsum(one**2 for one in moved)
-        pairs = math.fsum(moved) ** 2 - squares
-        return ((len(moved) * self.together) ** 2 - squares) / pairs if pairs > 0 else math.nan
-
-    @property
-    def variance(self) -> float:
-        r"""The estimated variance of one worker's update, :math:`\frac{1}{N-1} \sum_i \lVert u_i - \bar u \rVert^2`."""
-        apart = _known(self.apart)
-        return math.fsum(one**2 for one in apart) / (len(apart) - 1) if len(apart) > 1 else math.nan
-
-    @property
-    def signal(self) -> float:
-        r"""The estimated square of the update's mean, :math:`\lVert \bar u \rVert^2 - \text{variance} / N`."""
-        return self.together**2 - self.variance / len(_known(self.apart)) if self.variance >= 0 else math.nan
-
-    @property
-    def noise(self) -> float:
-        """:attr:`variance` over :attr:`signal`: with so many workers, half of the mean's squared length is noise.
-
-        NaN where the signal is not above 0, as it may be by chance.
-        """
-        return self.variance / self.signal if self.signal > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -161,12 +98,9 @@ class Rounds:
         wanted: dict[Need, object] = {"seconds": self._listeners, "drift": self._hear_spread}
         return frozenset(need for need, listeners in wanted.items() if listeners)
 
-    @property
-    def measures(self) -> Literal["apart", "moved"] | None:
-        """What must be measured when the models are averaged."""
-        if not self._hear_spread:
-            return None
-        return "moved" if any(one.moves for one in self._hear_spread) else "apart"
+    def probe(self) -> Probe | None:
+        """Return what measures how far the replicas move, if anybody wants to hear of it."""
+        return Probe(moves=any(one.moves for one in self._hear_spread)) if self._hear_spread else None
 
     def end(
         self,
@@ -219,18 +153,14 @@ class Rounds:
             return
         (number, weights), self._last = self._last, None
         counted = [report if weight else Report() for report, weight in zip(reports, weights, strict=True)]
-        together = _known(report.together for report in counted)
+        together = known(report.together for report in counted)
         spread = Spread(
             number,
             apart=tuple(math.sqrt(report.apart) for report in counted),
             moved=tuple(math.sqrt(report.moved) for report in counted),
             together=math.sqrt(max(together)) if together else math.nan,
         )
-        if _known(spread.apart):
+        if known(spread.apart):
             for listener in self._hear_spread:
                 assert listener.on_spread is not None
                 listener.on_spread(spread)
-
-
-def _known(values: Iterable[float]) -> list[float]:
-    return [value for value in values if not math.isnan(value)]

@@ -38,10 +38,11 @@ from lightning_localsgd.pace import Pace, Proportional
 from lightning_localsgd.progress import Measured
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit
-from lightning_localsgd.rounds import Listener, Round, Rounds, Spread
+from lightning_localsgd.rounds import Listener, Round, Rounds
 from lightning_localsgd.saving import Keeps
 from lightning_localsgd.schedule import Every, Schedule, require_known_needs
 from lightning_localsgd.sequences import require_step_by_step
+from lightning_localsgd.spread import Spread
 from lightning_localsgd.worker import Worker
 
 _T = TypeVar("_T")
@@ -281,7 +282,7 @@ class LocalSGD(Keeps):
             if "paces" in self._resumed:
                 self._pace.load_state_dict(self._resumed["paces"])
         rounds = Rounds(self._listeners, self.world_size)
-        landing = Landing(self.outer, measures="moved" if "drift" in needs else rounds.measures, scales=scales)
+        landing = Landing(self.outer, measures="drift" in needs, scales=scales)
         landing.load_state_dict(self._resumed.get("landing", {}))
         self._expected_steps = math.nan
         self._worker = Worker(

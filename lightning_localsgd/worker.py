@@ -17,7 +17,7 @@ from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
-from lightning_localsgd.mean import Mean, payload
+from lightning_localsgd.mean import Bucket, Mean, payload
 from lightning_localsgd.moments import AverageState, average_states, averaged, mean_state
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.pace import Pace
@@ -78,6 +78,7 @@ class Worker:
         self.measured = measured
         self.pace = pace
         self.rounds = rounds
+        self.probe = rounds.probe()
         self._epoch = epoch
         self._expected_steps = expected_steps
         self.collectives = Collectives(self.ask, device)
@@ -123,7 +124,7 @@ class Worker:
         elif not self.alone:
             self.mean.broadcast(self.replica.tensors())
         if state is None:
-            self.replica.begin_round()
+            self._begin_round()
         if self.clock.averages_models:
             self._take_anchor()
         self.replica.examine()  # remembers which buffers are finite
@@ -345,12 +346,19 @@ class Worker:
         if self.clock.averages_models:
             if not progress.averages_models:  # the first round that does
                 self.measured.start_round()
-                self.replica.begin_round()
+                self._begin_round()
             self._take_anchor()  # which is known but then, or after a search for the learning rate
         elif self.landing.steps and not self.clock.schedule.warms_up(progress):
             raise ValueError(
                 f"An outer step needs rounds of at least 2 steps, and {self.clock.schedule!r} begins with one of 1, in "
                 "which gradients are averaged: only the warm-up of `PostLocal` may."
+            )
+
+    def _begin_round(self) -> None:
+        self.replica.begin_round()
+        if self.probe is not None and self.probe.moves:
+            self.probe.begin(
+                (key, piece) for key, piece in zip(self.replica.keys(), self.replica.sent(), strict=True) if key
             )
 
     def _take_anchor(self) -> None:
@@ -367,7 +375,7 @@ class Worker:
         counted = [report for report, weight in zip(decision.reports, decision.weights, strict=True) if weight]
         start = time.perf_counter()
         with torch.profiler.record_function("localsgd::round"):
-            squares = self._land(decision)
+            apart, together = self._land(decision)
         self.measured.hear(counted, ends_round=True)
         if self.pace is not None:
             self.pace.hear([report.step_seconds for report in decision.reports])
@@ -379,10 +387,10 @@ class Worker:
         steps = decision.step - self.clock.start
         came, self._came = self._came, None
         seconds, waited = self._seconds_since(start), start - came if came is not None else math.nan
-        self.measured.note_average(steps, seconds, waited, squares)
+        self.measured.note_average(steps, seconds, waited, self._seen(apart, together))
         self._tell_of_models(decision, seconds, waited)
         self.stepped = self.touched = False
-        self.replica.begin_round()
+        self._begin_round()
         self._take_anchor()
         self.clock.next_round(decision.step)
         self._plan_if_known()
@@ -397,15 +405,23 @@ class Worker:
         self._settle()
         return time.perf_counter() - start
 
-    def _land(self, decision: Decision) -> Squares:
-        """Average the replicas and start from there; return how far they had moved."""
+    def _seen(self, apart: float, together: float) -> Squares:
+        """Return how far the replicas had moved, as the landing and the probe have measured it."""
+        seen = self.probe.end() if self.probe is not None else Squares()
+        return seen if math.isnan(apart) else Squares(apart, together, seen.moved)
+
+    def _land(self, decision: Decision) -> tuple[float, float]:
+        """Average the replicas and start from there; return how far they had moved apart and together, squared."""
         weights = decision.weights
         if not self.landing.is_needed:
-            self.average(weights)
-            return Squares()
+            self.average(weights, look=None if self.probe is None else self.probe.over(self.replica.keys()))
+            return math.nan, math.nan
         trained = self.replica.trained()
         views = [piece for _, _, pieces in trained for piece in pieces]
         then, rank = self.landing.round(self._rates(weights)), self._header.rank
+        if self.probe is not None:
+            keys = [(name, place) for name, _, pieces in trained for place in range(len(pieces))]
+            then = _both(self.probe.over(keys), then)
         first = None
         if self.pace is not None:
             first = self.landing.scaled(self.pace.factor([step - self.clock.start for step in decision.steps], weights))
@@ -498,10 +514,10 @@ class Worker:
             if rank == self._header.rank:
                 self.optimizers.reset(gradients=True)
 
-    def average(self, weights: Sequence[int], write: bool = True) -> None:
+    def average(self, weights: Sequence[int], write: bool = True, look: Callable[[Bucket], None] | None = None) -> None:
         """Average the replicas that count; without ``write``, only contribute."""
         if any(weights) and not self.alone:
-            self.mean.average(self.replica.sent(), weights, self._header.rank, write, self._modest)
+            self.mean.average(self.replica.sent(), weights, self._header.rank, write, self._modest, then=look)
 
     def leave(self) -> None:
         """Say the last word of the fit, and average once more if the replicas are no longer equal."""
@@ -560,3 +576,11 @@ class Worker:
             self.inside_consensus, self._own = False, None
             if own is not None:
                 own.restore()
+
+
+def _both(one: Callable[[Bucket], None], other: Callable[[Bucket], None]) -> Callable[[Bucket], None]:
+    def call(bucket: Bucket) -> None:
+        one(bucket)
+        other(bucket)
+
+    return call
