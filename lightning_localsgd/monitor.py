@@ -15,10 +15,12 @@ from lightning_localsgd.rounds import Round
 from lightning_localsgd.spread import Spread
 from lightning_localsgd.strategy import LocalSGD
 
-_PREFIX = "localsgd/"
+PREFIX = "localsgd/"  # of our names in the loggers
 # What is summed up over rounds, where it is known, and over spreads.
 _OF_ROUND = ("steps", "local_steps", "seconds", "averaging", "blocked", "spared", "sent", "sent_by_ddp")
 _OF_SPREAD = ("drift", "relative", "cosine", "variance", "signal")
+_OF_FIT = ("total_", "local_", "rounds")  # what is of interest at its end
+_OF_EACH = ("drift_of_rank", "bytes_", "averaging_", "blocked_seconds")  # what is of interest in each round
 
 
 class Totals(Metric):
@@ -188,21 +190,31 @@ class Monitor:
             values |= {"round": last.number + 1, "step": last.step}
             values |= {} if last.slowest is None else {"slowest": last.slowest}
             self._written = last.step
-        metrics = {_PREFIX + name: float(values[name]) for name in sorted(values) if _is_written(name)}
+        self._log(trainer, {name: values[name] for name in sorted(values) if not name.startswith(_OF_FIT)})
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        metrics = {PREFIX + name: float(value) for name, value in values.items()}
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=_lightning.logged_step(trainer))
 
-    def _flush(self, trainer: Trainer) -> None:
+    def _end(self, trainer: Trainer) -> dict[str, float]:
+        """Write what is left, and the totals; return these."""
+        writes = _log_interval(trainer) > 0
         if self._rounds or self._spreads:
-            self._write(trainer, logs=_log_interval(trainer) > 0)
+            self._write(trainer, logs=writes)
+        known = self.totals.compute() if self.totals.update_count else {}
+        names = [name for name in known if not name.startswith(_OF_EACH)]
+        if writes and names:
+            self._log(trainer, {f"total/{name}": known[name] for name in names})
+        return known
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._flush(trainer)
+        self._end(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._flush(trainer)
-        if trainer.is_global_zero and self.totals.update_count:
-            show("Rounds of local SGD", rows(self.totals.compute()))
+        known = self._end(trainer)
+        if known and trainer.is_global_zero:
+            show("Rounds of local SGD", rows(known))
 
 
 def _log_interval(trainer: Trainer) -> int:
@@ -211,13 +223,6 @@ def _log_interval(trainer: Trainer) -> int:
 
 class LocalSGDMonitor(Monitor, Callback):  # noqa: D101
     __doc__ = Monitor.__doc__
-
-
-_NOT_WRITTEN = ("total_", "local_", "rounds")
-
-
-def _is_written(name: str) -> bool:
-    return not name.startswith(_NOT_WRITTEN)
 
 
 def rows(values: dict[str, float]) -> list[tuple[str, str]]:

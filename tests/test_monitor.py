@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
@@ -59,7 +59,7 @@ class Ears(LocalSGDMonitor):
         self.spreads.append(one)
 
 
-# ------------------------------------------------------------------------------------------------- what is known on paper
+# ----------------------------------------------------------------------------------------------- what is known on paper
 
 
 def heard(period, lengths, anchor=True):
@@ -337,11 +337,16 @@ def installed(name):
 ROUNDS = ("step", "localsgd/step", "localsgd/round", "localsgd/period", "localsgd/drift", "localsgd/bytes_sent")
 
 
+def written(folder):
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_the_loggers_and_the_progress_bar(tmp_path):
     tensorboard = installed("tensorboard")
     shown, _ = run_workers(logged, 2, str(tmp_path), 1, tensorboard)
     assert (shown["round"], shown["period"]) == (5, 3)
-    table = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
+    table = written(tmp_path)
     rows = [tuple(row[name] and float(row[name]) for name in ROUNDS) for row in table if not row["loss"]]
     # Under the step of the batch that ended the round, as Lightning counts: from 0. The drift comes a round late.
     assert rows == [
@@ -370,7 +375,7 @@ def test_the_loggers_and_the_progress_bar(tmp_path):
 
 def test_what_is_not_written_at_once_is_in_the_next_mean(tmp_path):
     run_workers(logged, 2, str(tmp_path), 4, False)
-    table = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
+    table = written(tmp_path)
     rows = [tuple(row[name] and float(row[name]) for name in ROUNDS) for row in table if not row["loss"]]
     # Rounds end at 1, 2, 5, 8, 11: written when a multiple of 4 is passed. Three of 1, 1 and 3 steps first.
     assert rows == [
@@ -398,7 +403,7 @@ def breaks(folder):
 
 def test_a_fit_that_fails_has_its_rounds_written(tmp_path):
     run_workers(breaks, 1, str(tmp_path))
-    (row,) = csv.DictReader((tmp_path / "csv" / "metrics.csv").open())
+    (row,) = written(tmp_path)
     assert (row["localsgd/round"], row["localsgd/step"]) == ("2.0", "6.0")
 
 
@@ -433,7 +438,7 @@ def test_the_table(capsys, monkeypatch):
     )
 
 
-# -------------------------------------------------------------------------------------------------------- what it refuses
+# ------------------------------------------------------------------------------------------------------ what it refuses
 
 
 def refused(strategy, monitor, workers=1):
@@ -498,4 +503,3 @@ def test_the_other_namespace():
 
     assert issubclass(other.LocalSGDMonitor, Callback)
     assert not issubclass(LocalSGDMonitor, Callback)
-    assert isinstance(Trainer, type)
