@@ -178,22 +178,24 @@ def page(name: str, series: Series) -> str:
         table = f"<table>{lines}</table>"
     else:
         table = "<p>The run has written no totals: it has not ended, or it was killed.</p>"
+    found = charts(series)
+    steps = [step for chart in found for points in chart.curves.values() for step, _ in points]
+    span = min(steps), max(steps)
     pictures = "".join(
-        f"<figure><figcaption>{html.escape(chart.title)}</figcaption>{draw(chart)}</figure>" for chart in charts(series)
+        f"<figure><figcaption>{html.escape(chart.title)}</figcaption>{draw(chart, span)}</figure>" for chart in found
     )
     return _PAGE.format(name=html.escape(name), style=_STYLE, table=table, pictures=pictures)
 
 
-def draw(chart: Chart, width: int = 560, height: int = 220) -> str:
-    """Return the chart as an SVG element."""
+def draw(chart: Chart, span: tuple[float, float], width: int = 560, height: int = 220) -> str:
+    """Return the chart as an SVG element, over the steps of ``span``."""
     left, right, top, bottom = 64, 12, 10, 26
     curves = {name: _thinned(points) for name, points in chart.curves.items()}
     beside = {name: _thinned(points) for name, points in chart.beside.items()}
     every = [point for points in (*curves.values(), *beside.values()) for point in points]
-    xs = _ticks(min(x for x, _ in every), max(x for x, _ in every))
+    x_low, x_high = span if span[1] > span[0] else (span[0], span[0] + 1)
+    xs = _ticks(x_low, x_high)
     ys = _ticks(min(0.0, *(y for _, y in every)), max(y for _, y in every))
-    x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
-    x_high = x_high if x_high > x_low else x_low + 1
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (

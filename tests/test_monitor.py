@@ -347,7 +347,7 @@ def test_the_loggers_and_the_progress_bar(tmp_path):
     shown, _ = run_workers(logged, 2, str(tmp_path), 1, tensorboard)
     assert (shown["round"], shown["period"]) == (5, 3)
     table = written(tmp_path)
-    rows = [tuple(row[name] and float(row[name]) for name in ROUNDS) for row in table if not row["loss"]]
+    *rows, totals = [tuple(row[name] and float(row[name]) for name in ROUNDS) for row in table if not row["loss"]]
     # Under the step of the batch that ended the round, as Lightning counts: from 0. The drift comes a round late.
     assert rows == [
         (0, 1, 1, 1, "", 4),
@@ -357,7 +357,9 @@ def test_the_loggers_and_the_progress_bar(tmp_path):
         (10, 11, 5, 3, 1.5, 4),
         (11, "", "", "", 1.5, ""),
     ]
-    names = [name for name in table[0] if name.startswith("localsgd/")]
+    assert totals == (11, "", "", "", "", "")
+    assert float(table[-1]["localsgd/total/local_steps"]) == 9
+    names = [name for name in table[0] if name.startswith("localsgd/") and "/total/" not in name]
     assert names == [
         "localsgd/" + name
         for name in (
@@ -376,13 +378,14 @@ def test_the_loggers_and_the_progress_bar(tmp_path):
 def test_what_is_not_written_at_once_is_in_the_next_mean(tmp_path):
     run_workers(logged, 2, str(tmp_path), 4, False)
     table = written(tmp_path)
-    rows = [tuple(row[name] and float(row[name]) for name in ROUNDS) for row in table if not row["loss"]]
+    *rows, totals = [tuple(row[name] and float(row[name]) for name in ROUNDS) for row in table if not row["loss"]]
     # Rounds end at 1, 2, 5, 8, 11: written when a multiple of 4 is passed. Three of 1, 1 and 3 steps first.
     assert rows == [
         (4, 5, 3, 5 / 3, "", 4),
         (7, 8, 4, 3, 1.5, 4),
         (11, 11, 5, 3, 1.5, 4),
     ]
+    assert totals == (11, "", "", "", "", "")
 
 
 class Breaks(Logs):
@@ -403,8 +406,9 @@ def breaks(folder):
 
 def test_a_fit_that_fails_has_its_rounds_written(tmp_path):
     run_workers(breaks, 1, str(tmp_path))
-    (row,) = written(tmp_path)
+    row, totals = written(tmp_path)
     assert (row["localsgd/round"], row["localsgd/step"]) == ("2.0", "6.0")
+    assert totals["localsgd/total/rounds"] == "2.0"
 
 
 TOTALS = {
