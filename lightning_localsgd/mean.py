@@ -247,7 +247,8 @@ def grouped(tensors: Sequence[Tensor]) -> dict[Group, list[int]]:
     return groups
 
 
-def payload(tensors: Sequence[Tensor]) -> int:
-    """Return how many bytes of these tensors go into an average: of each element, in the dtype it is reduced in."""
-    groups = grouped(tensors).items()
-    return sum(dtype.itemsize * sum(tensors[place].numel() for place in places) for (dtype, _), places in groups)
+def bytes_of_element(tensor: Tensor) -> int:
+    """Return how many bytes an element has in the dtype in which it is reduced; a complex one is two numbers."""
+    if tensor.is_complex():
+        return 2 * bytes_of_element(torch.view_as_real(tensor))
+    return torch.float32.itemsize if tensor.is_floating_point() and tensor.dtype != torch.float64 else 8

@@ -174,11 +174,15 @@ class Monitor:
         last, every = self._rounds[-1], _log_interval(trainer) or sys.maxsize
         is_due = last.step // every > self._written // every
         if last.number > self._shown and (last.averaged == "models" or is_due):
-            self._shown = last.number
-            shown = {"round": float(last.number + 1), "period": float(last.steps)}
-            pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, rank_zero_only=True)
+            self._show(trainer, pl_module, last)
         if is_due or len(self._rounds) > 10_000:
             self._write(trainer, logs=is_due)
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, last: Round) -> None:
+        self._shown = last.number
+        if trainer.is_global_zero and trainer.progress_bar_callback is not None:  # others cost time and show nothing
+            shown = {"round": float(last.number + 1), "period": float(last.steps)}
+            pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _write(self, trainer: Trainer, logs: bool = True) -> None:
         values = self.totals(self._rounds, self._spreads)

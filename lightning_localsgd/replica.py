@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_localsgd.anchor import Trained
 from lightning_localsgd.finite import Finding, Finiteness
+from lightning_localsgd.mean import bytes_of_element
 
 Named = Iterable[tuple[str, Tensor]]
 _INTEGERS = (
@@ -103,17 +104,26 @@ class Replica:
             (name, place) if tensor.requires_grad and id(tensor) in parameters else None
             for name, tensor in self._named()
             if not self._rests(name, tensor)
-            for place, _ in enumerate(pieces(tensor))
+            for place in range(1 if tensor.is_contiguous() else sum(1 for _ in pieces(tensor)))
         ]
 
     def buffers(self) -> list[Tensor]:
         """Return the same views for the buffers alone."""
         return [piece for buffer in self._module.buffers() for piece in pieces(buffer)]
 
-    def gradient_bytes(self) -> int:
-        """Return how many bytes the gradients have."""
-        parameters = (parameter for parameter in self._module.parameters() if parameter.requires_grad)
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    def payload(self) -> tuple[int, int]:
+        """Return how many bytes an average of models sums up, and one of gradients and buffers, as DDP's."""
+        models = gradients = 0
+        buffers = {id(buffer) for buffer in self._module.buffers()}
+        for name, tensor in self._named():
+            count = tensor.numel() if tensor.is_contiguous() else sum(len(piece) for piece in pieces(tensor))
+            size = count * bytes_of_element(tensor)
+            models += 0 if self._rests(name, tensor) else size
+            if id(tensor) in buffers:
+                gradients += size
+            elif tensor.requires_grad:
+                gradients += tensor.numel() * tensor.element_size()
+        return models, gradients
 
     def lines(self) -> list[Line]:
         """Describe each tensor; replicas can be averaged if their lines are equal.

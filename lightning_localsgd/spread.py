@@ -111,16 +111,19 @@ class Probe:
         @torch.no_grad()
         def look(bucket: Bucket) -> None:
             apart, together, moved = self._squares
+            means, owns, anchors = [], [], []
             for place, mean, own in zip(bucket.places, bucket.here, bucket.there, strict=True):
                 key, start = keys[place], passed[place]
                 passed[place] += len(own)
-                if key is None:
-                    continue
-                apart += _square(mean, own)
-                if not math.isnan(moved):
-                    anchor = self._anchor[key][start : passed[place]]
-                    together += _square(mean, anchor)
-                    moved += _square(own, anchor)
+                if key is not None:
+                    means.append(mean)
+                    owns.append(own)
+                    if not math.isnan(moved):
+                        anchors.append(self._anchor[key][start : passed[place]])
+            apart += _squares(means, owns)
+            if anchors:
+                together += _squares(means, anchors)
+                moved += _squares(owns, anchors)
             self._squares = Squares(apart, together, moved)
 
         return look
@@ -130,8 +133,12 @@ class Probe:
         return self._squares
 
 
-def _square(one: Tensor, other: Tensor) -> float:
-    return float(torch.dist(one, other.to(one))) ** 2
+def _squares(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Return the squared distance; the device is waited for once."""
+    if not some:
+        return 0.0
+    distances = [torch.dist(one, other.to(one)) for one, other in zip(some, others, strict=True)]
+    return float(torch.stack([distance.double() for distance in distances]).square().sum())
 
 
 def known(values: Iterable[float]) -> list[float]:

@@ -17,7 +17,7 @@ from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
-from lightning_localsgd.mean import Bucket, Mean, payload
+from lightning_localsgd.mean import Bucket, Mean, bytes_of_element
 from lightning_localsgd.moments import AverageState, average_states, averaged, mean_state
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.pace import Pace
@@ -433,17 +433,18 @@ class Worker:
 
     def _tell_of_models(self, decision: Decision, seconds: float, waited: float) -> None:
         if self.rounds.are_heard:
-            rule, due = self._optimizer_state, None
-            moments: list[Tensor] = []
-            if isinstance(rule, AverageState):
-                due = rule.due(self.clock.round + 1)
-                moments = averaged(self.optimizers.all(), due) if due is None or due else []
+            payload, payload_of_ddp = self.replica.payload()
+            rule = self._optimizer_state
+            due = rule.due(self.clock.round + 1) if isinstance(rule, AverageState) else set()
+            if due or due is None:
+                moments = averaged(self.optimizers.all(), due)
+                payload += sum(moment.numel() * bytes_of_element(moment) for moment in moments)
             self.rounds.end(
                 self.clock.round,
                 step=decision.step,
                 steps=decision.step - self.clock.start,
-                payload=payload(self.replica.sent()) + payload(moments),
-                payload_of_ddp=self._payload_of_ddp(),
+                payload=payload,
+                payload_of_ddp=payload_of_ddp,
                 weights=decision.weights,
                 average_seconds=seconds,
                 waited=waited,
@@ -452,12 +453,9 @@ class Worker:
 
     def _tell_of_gradients(self) -> None:
         if self.rounds.are_heard:
-            sent = self._payload_of_ddp()
+            _, sent = self.replica.payload()
             clock = self.clock
             self.rounds.end(clock.round, step=clock.step, steps=clock.taken, payload=sent, payload_of_ddp=sent)
-
-    def _payload_of_ddp(self) -> int:
-        return self.replica.gradient_bytes() + payload(self.replica.buffers())
 
     def _rates(self, weights: Sequence[int]) -> Mapping[str, float]:
         """Return the mean learning rate over the steps of this round and the workers, for each parameter."""
