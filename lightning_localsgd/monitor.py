@@ -24,7 +24,7 @@ _OF_EACH = ("drift_of_rank", "bytes_", "averaging_", "blocked_seconds")  # what 
 
 
 class Totals(Metric):
-    """Sums up rounds and spreads; called with some, it returns what is known of these.
+    """Sums up rounds and spreads over a fit.
 
     Args:
         workers: number of workers.
@@ -36,47 +36,61 @@ class Totals(Metric):
 
     def __init__(self, workers: int = 1) -> None:
         super().__init__(sync_on_compute=False)  # all that it sums up is known here
-        self._names = (*_OF_ROUND, *_OF_SPREAD, *(f"apart_{rank}" for rank in range(workers)))
+        self._workers = workers
         for name in ("sums", "counts"):
-            self.add_state(name, torch.zeros(len(self._names), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(len(_names(workers)), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, rounds: Sequence[Round], spreads: Sequence[Spread]) -> None:
-        rows = [_of_round(one) + [math.nan] * (len(self._names) - len(_OF_ROUND)) for one in rounds]
-        rows += [[math.nan] * len(_OF_ROUND) + _of_spread(one) for one in spreads]
-        if rows:
-            values = torch.tensor(rows, dtype=torch.float64, device=self.sums.device)
-            self.sums += values.nansum(dim=0)
-            self.counts += (~values.isnan()).sum(dim=0)
+    def update(self, sums: Tensor, counts: Tensor) -> None:
+        self.sums += sums
+        self.counts += counts
 
     def compute(self) -> dict[str, float]:
         """Return each name's mean over the rounds in which it is known, and what follows from them."""
-        means = dict(zip(self._names, (self.sums / self.counts).tolist(), strict=True))
-        sums = dict(zip(self._names, self.sums.tolist(), strict=True))
-        counts = dict(zip(self._names, self.counts.tolist(), strict=True))
-        found = {
-            "period": means["steps"],
-            "averaging_seconds": means["averaging"],
-            "blocked_seconds": means["blocked"],
-            "blocked_share": _over(sums["blocked"], sums["seconds"]),
-            "bytes_sent": means["sent"],
-            "bytes_saved": means["sent_by_ddp"] - means["sent"],
-            "drift": _root(means["drift"]),
-            "drift_relative": _root(means["relative"]),
-            "cosine": means["cosine"],
-            "noise": _over(sums["variance"], sums["signal"]),
-            "rounds": counts["steps"],
-            "local_rounds": counts["averaging"],
-            "local_steps": sums["local_steps"],
-            "total_averaging_seconds": sums["averaging"],
-            "total_blocked_seconds": sums["blocked"],
-            "total_spared_seconds": sums["spared"],
-            "total_sent": sums["sent"],
-            "total_sent_by_ddp": sums["sent_by_ddp"],
-        }
-        ranks = [name for name in self._names if name.startswith("apart_")]
-        digits = len(str(len(ranks) - 1))
-        by_rank = {f"drift_of_rank/{rank:0{digits}}": _root(means[name]) for rank, name in enumerate(ranks)}
-        return {name: value for name, value in (found | by_rank).items() if not math.isnan(value)}
+        return summary(self.sums, self.counts, self._workers)
+
+
+def summed(rounds: Sequence[Round], spreads: Sequence[Spread], workers: int) -> tuple[Tensor, Tensor]:
+    """Return the sums of what is known of these, and of how many each is known."""
+    rest = [math.nan] * (len(_OF_SPREAD) + workers)
+    rows = [[*_of_round(one), *rest] for one in rounds]
+    rows += [[math.nan] * len(_OF_ROUND) + _of_spread(one) for one in spreads]
+    values = torch.tensor(rows, dtype=torch.float64).view(-1, len(_OF_ROUND) + len(rest))
+    return values.nansum(dim=0), (~values.isnan()).sum(dim=0)
+
+
+def _names(workers: int) -> tuple[str, ...]:
+    return (*_OF_ROUND, *_OF_SPREAD, *(f"apart_{rank}" for rank in range(workers)))
+
+
+def summary(all_sums: Tensor, all_counts: Tensor, workers: int) -> dict[str, float]:
+    """Return what the sums say, by the names in the loggers."""
+    names = _names(workers)
+    sums = dict(zip(names, all_sums.tolist(), strict=True))
+    counts = dict(zip(names, all_counts.tolist(), strict=True))
+    means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in names}
+    found = {
+        "period": means["steps"],
+        "averaging_seconds": means["averaging"],
+        "blocked_seconds": means["blocked"],
+        "blocked_share": _over(sums["blocked"], sums["seconds"]),
+        "bytes_sent": means["sent"],
+        "bytes_saved": means["sent_by_ddp"] - means["sent"],
+        "drift": _root(means["drift"]),
+        "drift_relative": _root(means["relative"]),
+        "cosine": means["cosine"],
+        "noise": _over(sums["variance"], sums["signal"]),
+        "rounds": counts["steps"],
+        "local_rounds": counts["averaging"],
+        "local_steps": sums["local_steps"],
+        "total_averaging_seconds": sums["averaging"],
+        "total_blocked_seconds": sums["blocked"],
+        "total_spared_seconds": sums["spared"],
+        "total_sent": sums["sent"],
+        "total_sent_by_ddp": sums["sent_by_ddp"],
+    }
+    digits = len(str(workers - 1))
+    by_rank = {f"drift_of_rank/{rank:0{digits}}": _root(means[f"apart_{rank}"]) for rank in range(workers)}
+    return {name: value for name, value in (found | by_rank).items() if not math.isnan(value)}
 
 
 def _of_round(one: Round) -> list[float]:
@@ -185,10 +199,13 @@ class Monitor:
             pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _write(self, trainer: Trainer, logs: bool = True) -> None:
-        values = self.totals(self._rounds, self._spreads)
-        rounds, self._rounds, self._spreads = self._rounds, [], []
+        rounds, workers = self._rounds, trainer.world_size
+        sums, counts = summed(rounds, self._spreads, workers)
+        self.totals.update(sums, counts)
+        self._rounds, self._spreads = [], []
         if not logs:
             return
+        values = summary(sums, counts, workers)
         if rounds:
             last = rounds[-1]
             values |= {"round": last.number + 1, "step": last.step}

@@ -62,6 +62,7 @@ class Replica:
         self._trained: set[str] = set()  # parameters that required gradients when this round began, if that matters
         self._resting: set[str] = set()  # parameters that were frozen when this round began
         self._frozen_digest: tuple[list[tuple[str, int, int]], int] = [], 0  # of which tensors, and what it is
+        self._payload: tuple[Any, tuple[int, int]] = None, (0, 0)  # of which tensors, and what it is
         self._finiteness = Finiteness()
 
     def begin_round(self) -> None:
@@ -113,6 +114,16 @@ class Replica:
 
     def payload(self) -> tuple[int, int]:
         """Return how many bytes an average of models sums up, and one of gradients and buffers, as DDP's."""
+        key = (
+            [parameter.requires_grad for parameter in self._module.parameters()],
+            [buffer.numel() for buffer in self._module.buffers()],
+            self._resting,
+        )
+        if key != self._payload[0]:
+            self._payload = key, self._count()
+        return self._payload[1]
+
+    def _count(self) -> tuple[int, int]:
         models = gradients = 0
         buffers = {id(buffer) for buffer in self._module.buffers()}
         for name, tensor in self._named():
