@@ -9,11 +9,13 @@ from lightning_localsgd.adaptive import DriftLimit as DriftLimit
 from lightning_localsgd.checkpoint import adopt_replica as adopt_replica
 from lightning_localsgd.mean import Mean as Mean
 from lightning_localsgd.moments import AverageState as AverageState
+from lightning_localsgd.monitor import LocalSGDMonitor as LocalSGDMonitor
 from lightning_localsgd.outer import DiLoCo as DiLoCo
 from lightning_localsgd.outer import Outer as Outer
 from lightning_localsgd.outer import SlowMo as SlowMo
 from lightning_localsgd.pace import Proportional as Proportional
 from lightning_localsgd.progress import Progress as Progress
+from lightning_localsgd.rounds import Round as Round
 from lightning_localsgd.schedule import AtEnd as AtEnd
 from lightning_localsgd.schedule import Epochs as Epochs
 from lightning_localsgd.schedule import Every as Every
@@ -26,6 +28,7 @@ from lightning_localsgd.sequences import Listed as Listed
 from lightning_localsgd.sequences import RoundLR as RoundLR
 from lightning_localsgd.sequences import Sequences as Sequences
 from lightning_localsgd.sequences import TimeVarying as TimeVarying
+from lightning_localsgd.spread import Spread as Spread
 from lightning_localsgd.strategy import LocalSGDStrategy as LocalSGDStrategy
 
 LocalSGDStrategy.register_strategies(StrategyRegistry)  # `Trainer(strategy="localsgd")`

@@ -1,5 +1,6 @@
 """HOW a round ends for one worker: its model is averaged at once, or in the background while it goes on."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,13 @@ from torch import Tensor
 from lightning_localsgd.exchange import Exchange
 from lightning_localsgd.flight import Flight
 from lightning_localsgd.landing import Landing
-from lightning_localsgd.mean import Bucket, Group, Mean
+from lightning_localsgd.mean import Bucket, Group, Mean, bytes_of_element
+from lightning_localsgd.progress import Squares
 from lightning_localsgd.replica import Replica
+from lightning_localsgd.spread import Probe
 
 
-class Round(NamedTuple):
+class Ending(NamedTuple):
     """What the workers know of the round that ends.
 
     Args:
@@ -42,6 +45,7 @@ class Averages:
         mean: how.
         landing: what becomes of the mean.
         replica: this worker's model.
+        probe: sees how far the replicas move, or None.
         rank: this process's.
         size: the number of workers.
         group: the process group on which averages travel in the background, or None for the one that all else takes.
@@ -54,6 +58,7 @@ class Averages:
         mean: Mean,
         landing: Landing,
         replica: Replica,
+        probe: Probe | None,
         *,
         rank: int,
         size: int,
@@ -64,24 +69,49 @@ class Averages:
         self._mean = mean
         self._landing = landing
         self._replica = replica
+        self._probe = probe
         self._rank = rank
         self._exchange = Exchange(mean, rank, size, seed) if mean.needs_anchor and size > 1 else None
         self._group = group
         self._device = device
         self.flight: Flight | None = None  # the average that has not landed
 
-    def now(self, of: Round, modest: bool) -> tuple[float, float]:
-        """Average, and start from there; return how far the replicas had moved apart and together, squared."""
-        trained = self._replica.trained()
-        then = self._landing.round(of.rates) if self._landing.is_needed else None
-        self._average([piece for _, _, pieces in trained for piece in pieces], of, modest, then)
-        self._average_rest(self._replica.rest(), of, modest)
-        return self._landing.finish([parameter for _, parameter, _ in trained])
+    def begin_round(self) -> None:
+        """The next round begins, with the trained parameters as they are."""
+        if self._probe is not None and self._probe.moves:
+            pieces = zip(self._replica.keys(), self._replica.sent(), strict=True)
+            self._probe.begin((key, piece) for key, piece in pieces if key)
+
+    def now(self, of: Ending, modest: bool) -> Squares:
+        """Average, and start from there; return how far the replicas had moved."""
+        trained, rest = self._replica.trained(), self._replica.rest()
+        then = [self._landing.round(of.rates)] if self._landing.is_needed else []
+        looks = (
+            [self._probe.over(self._replica.trained_keys() if trained else self._replica.keys())] if self._probe else []
+        )
+        self._average([piece for _, _, pieces in trained for piece in pieces], of, modest, _all(looks + then))
+        if rest and len(of.weights) > 1:
+            self._mean.average(rest, of.weights, self._rank, modest=modest, then=None if trained else _all(looks))
+        return self._seen(*self._landing.finish([parameter for _, parameter, _ in trained]))
+
+    def _seen(self, apart: float, together: float) -> Squares:
+        """Return how far the replicas had moved, as the landing and the probe have measured it."""
+        seen = self._probe.end() if self._probe is not None else Squares()
+        return seen if math.isnan(apart) else Squares(apart, together, seen.moved)
+
+    def payload(self) -> tuple[int, int]:
+        """Return how many bytes an average of models sums up, and one of gradients and buffers, as DDP's."""
+        models, gradients = self._replica.payload()
+        if self._exchange is not None:
+            form, views = self._exchange.format, [piece for _, _, pieces in self._replica.trained() for piece in pieces]
+            models -= sum(len(view) * bytes_of_element(view) for view in views)
+            models += sum(map(len, views)) * form.block_bytes // form.block
+        return models, gradients
 
     def _average(
         self,
         views: Sequence[Tensor],
-        of: Round,
+        of: Ending,
         modest: bool,
         then: Callable[[Bucket], None] | None = None,
         group: Any = None,
@@ -92,13 +122,9 @@ class Averages:
         else:
             self._mean.average(views, of.weights, self._rank, modest=modest, first=first, then=then, group=group)
 
-    def _average_rest(self, views: Sequence[Tensor], of: Round, modest: bool, group: Any = None) -> None:
-        if views and len(of.weights) > 1:
-            self._mean.average(views, of.weights, self._rank, modest=modest, group=group)
-
     # ------------------------------------------------------------------------------------------------ in the background
 
-    def launch(self, of: Round, modest: bool) -> None:
+    def launch(self, of: Ending, modest: bool) -> None:
         """Begin to average the replicas as they are now."""
         assert self.flight is None
         trained, rest = self._replica.trained(), self._replica.rest()
@@ -106,12 +132,13 @@ class Averages:
 
         def average(views: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
             self._average(views, of, modest, group=self._group)
-            self._average_rest(rest, of, modest, self._group)
+            if rest and len(of.weights) > 1:
+                self._mean.average(rest, of.weights, self._rank, modest=modest, group=self._group)
 
         flight.start(average, self._device)
         self.flight = flight
 
-    def land(self, at_start: Callable[[], None]) -> tuple[float, float]:
+    def land(self, at_start: Callable[[], None]) -> Squares:
         """Wait for what is under way and go on from there; return as :meth:`now` does.
 
         Args:
@@ -121,14 +148,19 @@ class Averages:
         flight = self.flight
         flight.arrive()
         self.flight = None
-        apart = together = torch.nan
+        if self._probe is not None:
+            look = self._probe.over(self._replica.trained_keys())
+            for place, (line, mean, own) in enumerate(flight.pieces()):
+                look(Bucket(line.group, line.start, mean, [place], [mean], [own]))
+        apart = together = math.nan
         if self._landing.is_needed:
             self._landing.round(flight.of.rates)
             apart, together = self._landing.land(flight.mean, flight.own, self._capacity)
+        squares = self._seen(apart, together)
         trained = [piece for _, _, pieces in self._replica.trained() for piece in pieces]
         with flight.landing(trained, self._replica.rest(), keep=not flight.of.left_out):
             at_start()
-        return apart, together
+        return squares
 
     def _capacity(self, kind: Group) -> int:
         anchor = self._landing.anchor
@@ -160,6 +192,18 @@ class Averages:
             self._exchange.load_state_dict(state["memories"], self._landing.anchor)
         if "flight" in state:
             trained, rest = self._replica.trained(), self._replica.rest()
-            of = Round(**state["flight"]["of"])
+            of = Ending(**state["flight"]["of"])
             self.flight = Flight(trained, rest, len(self._replica.buffers()), state["flight"]["steps"], of)
             self.flight.load_state_dict(state["flight"])
+
+
+def _all(looks: Sequence[Callable[[Bucket], None]]) -> Callable[[Bucket], None] | None:
+    """Return what calls each of them in turn."""
+    if not looks:
+        return None
+
+    def call(bucket: Bucket) -> None:
+        for look in looks:
+            look(bucket)
+
+    return call

@@ -1,9 +1,12 @@
-"""FROM THE SHELL: Lightning's command line with our names known to it."""
+"""FROM THE SHELL: Lightning's command line with our names known to it, and our own commands beside it."""
 
 import os
 import sys
+from importlib import import_module
 
 from lightning.pytorch.cli import LightningCLI
+
+_OWN = {"report": "lightning_localsgd.report"}  # whose `main` takes the words that follow
 
 
 def main() -> None:
@@ -15,12 +18,16 @@ def main() -> None:
     Example:
         ``lightning-localsgd fit --config configs/digits.yaml --trainer.strategy.period 4``
     """
+    if sys.argv[1:2] and sys.argv[1] in _OWN:
+        import_module(_OWN[sys.argv[1]]).main(sys.argv[2:])
+        return
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m lightning_localsgd` does
     LightningCLI(
         trainer_defaults={"strategy": {"class_path": "lightning_localsgd.LocalSGDStrategy"}},
         parser_kwargs={
             "prog": "lightning-localsgd",  # also for `python -m`, where it would be `__main__.py`
-            "description": "Train by parallel restarted SGD: workers train alone for a round, then agree on one model.",
+            "description": "Train by parallel restarted SGD: workers train alone for a round, then agree on one model. "
+            "Beside these subcommands: " + ", ".join(f"`lightning-localsgd {name} --help`" for name in _OWN) + ".",
         },
     )

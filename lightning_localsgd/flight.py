@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_localsgd.anchor import Anchor, Trained
+from lightning_localsgd.anchor import Anchor, Line, Trained
 
 
 class Flight:
@@ -28,6 +28,7 @@ class Flight:
         self.steps = steps
         self.of = of
         self.seconds = 0.0  # that it has taken this worker's own time so far
+        self.tell: Callable[[float], None] = lambda seconds: None  # called when it has landed
         self._rest = [view.clone() for view in rest]
         self._rest_mean = [view.clone() for view in rest]
         self._first_buffer = len(rest) - buffers
@@ -59,6 +60,10 @@ class Flight:
         # A daemon, so that a process can end although the others never answer.
         self._thread = threading.Thread(target=work, name="localsgd-average", daemon=True)
         self._thread.start()
+
+    def pieces(self) -> list[tuple[Line, Tensor, Tensor]]:
+        """Return each trained parameter, with its values in ``mean`` and its own."""
+        return list(zip(self.own.lines, self.mean.flat(), self.own.flat(), strict=True))
 
     def tick(self) -> bool:
         """Count a step; return whether it lands after this one."""

@@ -370,3 +370,10 @@ def grouped(tensors: Sequence[Tensor]) -> dict[Group, list[int]]:
             dtype = torch.float32
         groups.setdefault((dtype, tensor.device), []).append(place)
     return groups
+
+
+def bytes_of_element(tensor: Tensor) -> int:
+    """Return how many bytes an element has in the dtype in which it is reduced; a complex one is two numbers."""
+    if tensor.is_complex():
+        return 2 * bytes_of_element(torch.view_as_real(tensor))
+    return torch.float32.itemsize if tensor.is_floating_point() and tensor.dtype != torch.float64 else 8

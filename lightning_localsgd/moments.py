@@ -214,6 +214,17 @@ def average_states(
     return True
 
 
+def averaged(optimizers: Sequence[Optimizer], due: set[str] | None) -> list[Tensor]:
+    """Return the moments that :func:`average_states` averages, where all workers have the same."""
+    return [
+        value
+        for which, optimizer in enumerate(optimizers)
+        for number, (parameter, state) in enumerate(optimizer.state.items())
+        for moment, value in _moments(which, number, parameter, state, due)
+        if not moment.counts
+    ]
+
+
 def _moments(
     which: int, number: int, parameter: Tensor, state: dict[str, Any], due: set[str] | None
 ) -> Iterator[tuple[_Moment, Any]]:

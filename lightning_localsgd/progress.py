@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -83,6 +83,7 @@ class Report:
         wait_seconds: for the others before it.
         apart: squared distance of its replica from the mean at the last average.
         together: squared distance of that mean from the anchor.
+        moved: squared distance of its replica from the anchor then.
         distance: of its replica from the anchor now.
     """
 
@@ -94,20 +95,37 @@ class Report:
     wait_seconds: float = math.nan
     apart: float = math.nan
     together: float = math.nan
+    moved: float = math.nan
     distance: float = math.nan
+
+
+class Squares(NamedTuple):
+    """What one worker measures in an average, as in :class:`Report`; NaN is "nothing"."""
+
+    apart: float = math.nan
+    together: float = math.nan
+    moved: float = math.nan
 
 
 class Measured:
     """What one worker measures, and what all have told each other; the latter is equal on all of them.
 
     Args:
-        needs: what the schedule and the pace want to know; nothing else is measured.
+        needs: what the schedule and the pace want to know.
+        watched: what others want to know beside them, of whom the schedule learns nothing. Nothing else is measured.
         fastest: whether the seconds per step are those of the fastest worker, whose steps a round counts.
         state: what :meth:`state_dict` returned, to know what was known.
     """
 
-    def __init__(self, needs: frozenset[Need], state: dict[str, Any] | None = None, *, fastest: bool = False) -> None:
-        self.needs = needs
+    def __init__(
+        self,
+        needs: frozenset[Need],
+        state: dict[str, Any] | None = None,
+        *,
+        fastest: bool = False,
+        watched: frozenset[Need] = frozenset(),
+    ) -> None:
+        self.needs, self.watched = needs, watched
         self._typical_step = min if fastest else statistics.median_low
         self._own = Report()  # of the last average
         self._own_length = 0  # steps of the round that it ended
@@ -150,9 +168,14 @@ class Measured:
             if not self._pauses:
                 self._busy_since = time.perf_counter()
 
-    def note_average(self, steps: int, seconds: float, waited: float, apart: float, together: float) -> None:
+    @property
+    def measures(self) -> frozenset[Need]:
+        """What is measured."""
+        return self.needs | self.watched
+
+    def note_average(self, steps: int, seconds: float, waited: float, squares: Squares) -> None:
         """An average has landed after a round of so many steps."""
-        self._own = Report(average_seconds=seconds, wait_seconds=waited, apart=apart, together=together)
+        self._own = Report(average_seconds=seconds, wait_seconds=waited, **squares._asdict())
         self._own_length = steps
 
     def start_round(self) -> None:
@@ -168,7 +191,7 @@ class Measured:
             steps=steps,
             distance=distance,
             loss=losses[0] / losses[1] if losses else math.nan,
-            step_seconds=self._busy / self._steps if self._steps and "seconds" in self.needs else math.nan,
+            step_seconds=self._busy / self._steps if self._steps and "seconds" in self.measures else math.nan,
         )
 
     # ---------------------------------------------------------------------------------------------- of all the workers
@@ -184,7 +207,7 @@ class Measured:
         if steps:
             know["steps"] = max(steps)
         apart, together = (_numbers(getattr(report, of) for report in reports) for of in ("apart", "together"))
-        if apart and max(together) > 0:
+        if "drift" in self.needs and apart and max(together) > 0:
             know["drift"] = math.sqrt(sum(apart) / len(apart) / max(together))
             know["drift_length"] = self._own_length
         if ends_round:
@@ -192,6 +215,7 @@ class Measured:
             if losses:
                 know["loss"] = sum(losses) / len(losses)
                 know.setdefault("first_loss", know["loss"])
+        if ends_round and "seconds" in self.needs:
             if step := _numbers(report.step_seconds for report in reports):
                 self._step_seconds.append(self._typical_step(step))
             if average := _numbers(report.average_seconds for report in reports):
@@ -230,7 +254,8 @@ class Measured:
         """Return what this worker alone has measured, for an exact resume."""
         losses = [float(part) for part in self._losses] or [0.0, 0.0]
         own = self._own
-        of_average = [float(self._own_length), own.average_seconds, own.wait_seconds, own.apart, own.together]
+        squares = [own.apart, own.together, own.moved]
+        of_average = [float(self._own_length), own.average_seconds, own.wait_seconds, *squares]
         return [*losses, float(self._steps), self._busy, *of_average]
 
     def load_own_state(self, state: list[float]) -> None:
@@ -238,8 +263,8 @@ class Measured:
         loss, count, steps, self._busy, length, *own = state
         self._losses = [loss, count] if count else []
         self._steps = int(steps)
-        average, wait, apart, together = own
-        self._own = Report(average_seconds=average, wait_seconds=wait, apart=apart, together=together)
+        average, wait, *squares = own
+        self._own = Report(average_seconds=average, wait_seconds=wait, **Squares(*squares)._asdict())
         self._own_length = int(length)
 
 

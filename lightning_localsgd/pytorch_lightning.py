@@ -1,13 +1,15 @@
-"""WHERE in `pytorch_lightning`: the same strategy for the Trainer of that name, and its registration there."""
+"""WHERE in `pytorch_lightning`: the same strategy and callback for the Trainer of that name, and the registration."""
 
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
+from pytorch_lightning import Callback
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.plugins import Precision
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
+from lightning_localsgd.monitor import Monitor
 from lightning_localsgd.strategy import LocalSGD
 
 
@@ -38,6 +40,10 @@ class LocalSGDStrategy(LocalSGD, DDPStrategy):  # type: ignore[misc]  # to mypy 
             checkpoint_io=CheckpointIO | None,
             precision_plugin=Precision | None,
         )
+
+
+class LocalSGDMonitor(Monitor, Callback):  # type: ignore[misc]
+    """The same :class:`lightning_localsgd.LocalSGDMonitor`, for a ``pytorch_lightning.Trainer``."""
 
 
 LocalSGDStrategy.register_strategies(StrategyRegistry)  # `Trainer(strategy="localsgd")`

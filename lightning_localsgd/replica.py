@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_localsgd.anchor import Trained
 from lightning_localsgd.finite import Finding, Finiteness
+from lightning_localsgd.mean import bytes_of_element
 
 Named = Iterable[tuple[str, Tensor]]
 _INTEGERS = (
@@ -61,6 +62,7 @@ class Replica:
         self._trained: set[str] = set()  # parameters that required gradients when this round began, if that matters
         self._resting: set[str] = set()  # parameters that were frozen when this round began
         self._frozen_digest: tuple[list[tuple[str, int, int]], int] = [], 0  # of which tensors, and what it is
+        self._payload: tuple[Any, tuple[int, int]] = None, (0, 0)  # of which tensors, and what it is
         self._finiteness = Finiteness()
 
     def begin_round(self) -> None:
@@ -103,9 +105,47 @@ class Replica:
         """Return the same views for the tensors that an average sends: all, but for what is frozen and skipped."""
         return [piece for name, tensor in self._named() if not self._rests(name, tensor) for piece in pieces(tensor)]
 
+    def keys(self) -> list[tuple[str, int] | None]:
+        """Name those of :meth:`sent` that are trained: the parameter, and which piece of its memory."""
+        parameters = {id(parameter) for parameter in self._module.parameters()}
+        return [
+            (name, place) if tensor.requires_grad and id(tensor) in parameters else None
+            for name, tensor in self._named()
+            if not self._rests(name, tensor)
+            for place in range(1 if tensor.is_contiguous() else sum(1 for _ in pieces(tensor)))
+        ]
+
     def buffers(self) -> list[Tensor]:
         """Return the same views for the buffers alone."""
         return [piece for buffer in self._module.buffers() for piece in pieces(buffer)]
+
+    def trained_keys(self) -> list[tuple[str, int]]:
+        """Name the views of :meth:`trained` likewise."""
+        return [(name, place) for name, _, pieces in self.trained() for place in range(len(pieces))]
+
+    def payload(self) -> tuple[int, int]:
+        """Return how many bytes an average of models sums up, and one of gradients and buffers, as DDP's."""
+        key = (
+            [parameter.requires_grad for parameter in self._module.parameters()],
+            [buffer.numel() for buffer in self._module.buffers()],
+            self._resting,
+        )
+        if key != self._payload[0]:
+            self._payload = key, self._count()
+        return self._payload[1]
+
+    def _count(self) -> tuple[int, int]:
+        models = gradients = 0
+        buffers = {id(buffer) for buffer in self._module.buffers()}
+        for name, tensor in self._named():
+            count = tensor.numel() if tensor.is_contiguous() else sum(len(piece) for piece in pieces(tensor))
+            size = count * bytes_of_element(tensor)
+            models += 0 if self._rests(name, tensor) else size
+            if id(tensor) in buffers:
+                gradients += size
+            elif tensor.requires_grad:
+                gradients += tensor.numel() * tensor.element_size()
+        return models, gradients
 
     def lines(self) -> list[Line]:
         """Describe each tensor; replicas can be averaged if their lines are equal.

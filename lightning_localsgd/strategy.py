@@ -39,9 +39,11 @@ from lightning_localsgd.pace import Pace, Proportional
 from lightning_localsgd.progress import Measured
 from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit
+from lightning_localsgd.rounds import Listener, Round, Rounds
 from lightning_localsgd.saving import Keeps
 from lightning_localsgd.schedule import Every, Schedule, require_known_needs
 from lightning_localsgd.sequences import require_step_by_step
+from lightning_localsgd.spread import Spread
 from lightning_localsgd.worker import Worker
 
 _T = TypeVar("_T")
@@ -185,6 +187,7 @@ class LocalSGD(Keeps):
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
         self._last: Worker | None = None  # of the last fit, for a checkpoint that is saved after it
         self._averages: list[_lightning.Average] = []  # of the callbacks of the fit in progress
+        self._listeners: list[Listener] = []  # to the rounds of the fit in progress
         self._undo = ExitStack()  # puts back what a fit has wrapped
 
     def __repr__(self) -> str:
@@ -290,6 +293,12 @@ class LocalSGD(Keeps):
             needs, scales = needs | self._pace_rule.needs, self._pace_rule.needs_anchor
             if "paces" in self._resumed:
                 self._pace.load_state_dict(self._resumed["paces"])
+        rounds = Rounds(self._listeners, self.world_size)
+        if self.mean.delay and any(listener.moves for listener in self._listeners):
+            raise ValueError(
+                "How far the replicas move from the start of a round is not measured where averages land with a delay: "
+                f"listen without `moves` (`LocalSGDMonitor(anchor=False)`), got {self.mean!r}."
+            )
         landing = Landing(self.outer, measures="drift" in needs, starts=scales or self.mean.needs_anchor)
         landing.load_state_dict(self._resumed.get("landing", {}))
         self._expected_steps = math.nan
@@ -308,8 +317,11 @@ class LocalSGD(Keeps):
             group=self._background_group(),
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what `seed_everything` has been given
             optimizer_state=self._state_rule,
-            measured=Measured(needs, self._resumed.get("measured"), fastest=self._pace is not None),
+            measured=Measured(
+                needs, self._resumed.get("measured"), fastest=self._pace is not None, watched=rounds.watched
+            ),
             pace=self._pace,
+            rounds=rounds,
             device=self.root_device,
             epoch=lambda: self._trainer.current_epoch,
             expected_steps=lambda: self._expected_steps,
@@ -338,7 +350,7 @@ class LocalSGD(Keeps):
             self._last = self._worker
         self._worker, self._fit, self._running, self._is_set_up = None, None, False, False
         self._pace, self._pacing = None, None
-        self._resumed, self._part, self._averages = {}, None, []
+        self._resumed, self._part, self._averages, self._listeners = {}, None, [], []
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
         super().teardown()
@@ -363,6 +375,7 @@ class LocalSGD(Keeps):
             )
         super().on_train_start()
         self._running = True
+        self.worker.rounds.begin()
         for average in self._averages:
             average.start()
 
@@ -396,7 +409,8 @@ class LocalSGD(Keeps):
         assert self.lightning_module is not None
         resumed = self._resumed
         clock = Clock(self.schedule, self.world_size, resumed.get("clock"))
-        measured = Measured(self.worker.measured.needs, resumed.get("measured"), fastest=self._pace is not None)
+        old = self.worker.measured
+        measured = Measured(old.needs, resumed.get("measured"), fastest=self._pace is not None, watched=old.watched)
         self.worker.restart(clock, measured, resumed.get("landing", {}))
         if self._pacing is not None:
             self._pacing.restart()
@@ -618,6 +632,35 @@ class LocalSGD(Keeps):
         if self.worker.inside_consensus:
             raise RuntimeError("`synchronize` cannot be called inside `consensus()` or validation.")
         self.worker.end_round(at_once=True)
+
+    def listen(
+        self,
+        on_round: Callable[[Round], None],
+        on_spread: Callable[[Spread], None] | None = None,
+        *,
+        moves: bool = False,
+    ) -> None:
+        """Call ``on_round`` with each round of the fit that is being set up, when it has ended, on this worker.
+
+        Call it on all ranks alike, in a callback's ``setup``; it lasts until the fit is torn down. What is called may
+        keep what it hears and must not communicate.
+
+        Args:
+            on_round: hears of the round.
+            on_spread: hears how far the replicas had moved apart, one round late, or at the end of the fit; measuring
+                it takes a look at each element in an average. Not called for one worker, or while gradients are
+                averaged.
+            moves: whether that includes how far they moved from the anchor, which is a copy of the model.
+
+        Raises:
+            RuntimeError: where the model is set up already.
+
+        Example:
+            ``trainer.strategy.listen(lambda round: print(round.number, round.share))``
+        """
+        if self._is_set_up or self._worker is not None:
+            raise RuntimeError("`listen` must be called before the model is set up, as in a callback's `setup`.")
+        self._listeners.append(Listener(on_round, on_spread, moves))
 
     # ------------------------------------------------------------------------------------------ Lightning's collectives
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,17 +14,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_localsgd.anchor import require_whole
-from lightning_localsgd.averages import Averages, Round
+from lightning_localsgd.averages import Averages, Ending
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
-from lightning_localsgd.mean import Mean
-from lightning_localsgd.moments import AverageState, average_states, mean_state
+from lightning_localsgd.mean import Mean, bytes_of_element
+from lightning_localsgd.moments import AverageState, average_states, averaged, mean_state
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.pace import Pace
 from lightning_localsgd.progress import Measured, Report
 from lightning_localsgd.replica import Replica, Snapshot, difference
+from lightning_localsgd.rounds import Rounds
 
 OptimizerState = Literal["keep", "reset"] | AverageState
 
@@ -43,6 +45,7 @@ class Worker:
         optimizer_state: what becomes of the optimizers' states.
         measured: what is known to the schedule and the pace.
         pace: how much this worker does in a round, or None if all do the same.
+        rounds: tells of each round to those who listen.
         device: where tensors must be to travel.
         epoch: returns how many passes over the data are completed.
         expected_steps: returns how many steps this worker expects in the whole run, or NaN.
@@ -64,6 +67,7 @@ class Worker:
         optimizer_state: OptimizerState,
         measured: Measured,
         pace: Pace | None,
+        rounds: Rounds,
         device: torch.device,
         epoch: Callable[[], int],
         expected_steps: Callable[[], float],
@@ -77,11 +81,20 @@ class Worker:
         self.mean = mean
         self.landing = landing
         self.averages = Averages(
-            mean, landing, replica, rank=header.rank, size=header.size, group=group, seed=seed, device=device
+            mean,
+            landing,
+            replica,
+            rounds.probe(),
+            rank=header.rank,
+            size=header.size,
+            group=group,
+            seed=seed,
+            device=device,
         )
         self._optimizer_state = optimizer_state
         self.measured = measured
         self.pace = pace
+        self.rounds = rounds
         self._epoch = epoch
         self._expected_steps = expected_steps
         self.collectives = Collectives(self.ask, device)
@@ -132,7 +145,7 @@ class Worker:
         elif not self.alone:
             self.mean.broadcast(self.replica.tensors())
         if state is None:
-            self.replica.begin_round()
+            self._begin_round()
         if self.clock.averages_models:
             self._take_anchor()
         if state is not None:
@@ -227,7 +240,7 @@ class Worker:
     def _report(self, want: Want) -> Report:
         """Say what the schedule wants to know of this worker."""
         needs = self.measured.needs
-        if not needs:
+        if not self.measured.measures:
             return Report()
         return self.measured.report(
             self.optimizers.learning_rate if "learning_rate" in needs else math.nan,
@@ -307,6 +320,7 @@ class Worker:
                 self._came = time.perf_counter()
                 self.end_round()
         elif over:  # all replicas are equal: their gradients were averaged
+            self._tell_of_gradients()
             self.clock.next_round(self.clock.step)
             self._plan_if_known()
 
@@ -371,13 +385,17 @@ class Worker:
         if self.clock.averages_models:
             if not progress.averages_models:  # the first round that does
                 self.measured.start_round()
-                self.replica.begin_round()
+                self._begin_round()
             self._take_anchor()  # which is known but then, or after a search for the learning rate
         elif self.landing.steps and not self.clock.schedule.warms_up(progress):
             raise ValueError(
                 f"An outer step needs rounds of at least 2 steps, and {self.clock.schedule!r} begins with one of 1, in "
                 "which gradients are averaged: only the warm-up of `PostLocal` may."
             )
+
+    def _begin_round(self) -> None:
+        self.replica.begin_round()
+        self.averages.begin_round()
 
     def _take_anchor(self) -> None:
         """Take note of where a round starts."""
@@ -393,11 +411,11 @@ class Worker:
         start = time.perf_counter()
         later = self.mean.delay > 0 and decision.want is Want.ROUND and not decision.detail
         with torch.profiler.record_function("localsgd::round"):
-            of = self._round(decision, start)
+            of = self._ending(decision, start)
             if later:
                 self.averages.launch(of, self._modest)
             else:
-                apart, together = self.averages.now(of, self._modest)
+                squares = self.averages.now(of, self._modest)
         counted = [report for report, weight in zip(decision.reports, decision.weights, strict=True) if weight]
         self.measured.hear(counted, ends_round=True)
         if self.pace is not None:
@@ -409,14 +427,16 @@ class Worker:
         scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
         if min(scales):
             self.optimizers.loss_scale = min(scales)
-        seconds = self._seconds_since(start)
-        if self.averages.flight is not None:
-            self.averages.flight.seconds = seconds
+        seconds, tell = self._seconds_since(start), self._telling(decision, of)
+        flight = self.averages.flight
+        if flight is not None:
+            flight.seconds, flight.tell = seconds, tell
         else:
-            self.measured.note_average(of.steps, seconds, of.waited, apart, together)
+            self.measured.note_average(of.steps, seconds, of.waited, squares)
+            tell(seconds)
         self.measured.start_round()
         self.stepped = self.touched = False
-        self.replica.begin_round()
+        self._begin_round()
         if not later:
             self._take_anchor()
         self.clock.next_round(decision.step)
@@ -430,19 +450,20 @@ class Worker:
             return
         with self.measured.pause():
             start, flight = time.perf_counter(), self.averages.flight
-            apart, together = self.averages.land(self.at_consensus)
+            squares = self.averages.land(self.at_consensus)
             self._restart_states(flight.of)
             seconds = flight.seconds + self._seconds_since(start)  # in which it had to wait
-            self.measured.note_average(flight.of.steps, seconds, flight.of.waited, apart, together)
+            self.measured.note_average(flight.of.steps, seconds, flight.of.waited, squares)
+            flight.tell(seconds)
 
-    def _round(self, decision: Decision, start: float) -> Round:
+    def _ending(self, decision: Decision, start: float) -> Ending:
         """Return what the workers know of the round that ends."""
         weights = decision.weights
         came, self._came = self._came, None
         factor = 1.0
         if self.pace is not None:
             factor = self.pace.factor([step - self.clock.start for step in decision.steps], weights)
-        return Round(
+        return Ending(
             number=self.clock.round,
             weights=weights,
             left_out=self._header.rank in decision.left_out,
@@ -454,12 +475,47 @@ class Worker:
 
     def _settle(self) -> None:
         """Let the device end its work, where that is timed."""
-        if "seconds" in self.measured.needs and self._device.type == "cuda":
+        if "seconds" in self.measured.measures and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def _seconds_since(self, start: float) -> float:
         self._settle()
         return time.perf_counter() - start
+
+    def _telling(self, decision: Decision, of: Ending) -> Callable[[float], None]:
+        """Return what tells the listeners of this round, when its average has landed after so many seconds."""
+        if not self.rounds.are_heard:
+            return lambda seconds: None
+        payload, payload_of_ddp = self.averages.payload()
+        rule = self._optimizer_state
+        due = rule.due(self.clock.round + 1) if isinstance(rule, AverageState) else set()
+        if due or due is None:
+            moments = averaged(self.optimizers.all(), due)
+            payload += sum(moment.numel() * bytes_of_element(moment) for moment in moments)
+        return partial(
+            self._tell_of_models, of, step=decision.step, reports=decision.reports, sizes=(payload, payload_of_ddp)
+        )
+
+    def _tell_of_models(
+        self, of: Ending, seconds: float, step: int, reports: Sequence[Report], sizes: tuple[int, int]
+    ) -> None:
+        self.rounds.end(
+            of.number,
+            step=step,
+            steps=of.steps,
+            payload=sizes[0],
+            payload_of_ddp=sizes[1],
+            weights=of.weights,
+            average_seconds=seconds,
+            waited=of.waited,
+            reports=reports,
+        )
+
+    def _tell_of_gradients(self) -> None:
+        if self.rounds.are_heard:
+            _, sent = self.replica.payload()
+            clock = self.clock
+            self.rounds.end(clock.round, step=clock.step, steps=clock.taken, payload=sent, payload_of_ddp=sent)
 
     def _rates(self, weights: Sequence[int]) -> Mapping[str, float]:
         """Return the mean learning rate over the steps of this round and the workers, for each parameter."""
@@ -504,7 +560,7 @@ class Worker:
         elif any(stepped for _, stepped in told):
             raise ValueError(f'`optimizer_state` must be "keep" where no optimizer keeps {what}.')
 
-    def _restart_states(self, of: Round) -> None:
+    def _restart_states(self, of: Ending) -> None:
         if self._optimizer_state == "reset":
             self.optimizers.reset()
         if of.left_out:
@@ -527,7 +583,9 @@ class Worker:
     def leave(self) -> None:
         """Say the last word of the fit, and average once more if the replicas are no longer equal."""
         if not self.alone:
-            weights = self.ask(Want.LEAVE, self.replica.digest()).weights
+            decision = self.ask(Want.LEAVE, self.replica.digest())
+            self.rounds.tell_spread(decision.reports)
+            weights = decision.weights
             if any(weights):  # frozen parameters too
                 self.mean.average(self.replica.tensors(), weights, self._header.rank)
 

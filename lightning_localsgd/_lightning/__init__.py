@@ -25,6 +25,7 @@ from lightning_localsgd._lightning.stages import is_last_batch as is_last_batch
 from lightning_localsgd._lightning.stages import iterators as iterators
 from lightning_localsgd._lightning.stages import limit_is_reached as limit_is_reached
 from lightning_localsgd._lightning.stages import loaders as loaders
+from lightning_localsgd._lightning.stages import logged_step as logged_step
 from lightning_localsgd._lightning.stages import own_state as own_state
 from lightning_localsgd._lightning.stages import set_sampler_epochs as set_sampler_epochs
 from lightning_localsgd._lightning.stages import stage as stage

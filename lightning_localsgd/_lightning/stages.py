@@ -241,3 +241,8 @@ def _forget_resuming(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     for one in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         one._restarting = one._loaded_from_state_dict = one._resuming_from_checkpoint = False
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step under which Lightning's own loggers write now, as its callbacks look it up."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
