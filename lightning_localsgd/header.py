@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_localsgd.progress import Report
+from lightning_localsgd.signals import Board, Signals
 
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
@@ -51,6 +51,9 @@ class Want(IntEnum):
     EPOCH = 15  # start of an epoch
     OVER = 16  # this rank's fit is over; waits for the others
     LEAVE = 17  # last word of the fit, after all `on_train_end` hooks
+    # Never wanted, but decided where some ranks have read of a signal that the others have not read of yet.
+    GO_ON = 18  # for those who want to act on it: the others can wait only for all, so go on until you are there too
+    HOLD = 19  # for those at the end of their round: leave it open, end the batch and act on the signal first
 
     @property
     def waits(self) -> bool:
@@ -177,16 +180,18 @@ def decide(messages: Sequence[Message]) -> Decision:
         served = Want.OVER  # one rank has left the fit, so the others leave it too
     else:
         served = want
-        if want is not Want.LEAVE:
+        if want not in (Want.LEAVE, Want.ROUND):
             asked = [rank for rank in asked if messages[rank].detail == messages[asked[0]].detail]
 
     others = {message.want for message in messages} - {want}
-    if want in (Want.ALL_GATHER, Want.STEP) and len(asked) < len(messages):
+    if want in (Want.ALL_GATHER, Want.STEP) and len(asked) < len(messages) and others != {Want.SIGNAL}:
         raise RuntimeError(_why_not(messages, want))
     if want is Want.ROUND and not all(other.waits or other is Want.SIGNAL for other in others):
         raise RuntimeError(_why_not(messages, want))
     if want is Want.ENDED and others:
         raise RuntimeError(_why_not(messages, want))
+    if Want.SIGNAL in others:
+        served, asked = _beside_a_signal(messages, want, asked)
 
     offers = {rank: (message.layout, message.frozen) for rank, message in enumerate(messages) if message.layout}
     if len(set(offers.values())) > 1:
@@ -215,6 +220,20 @@ def decide(messages: Sequence[Message]) -> Decision:
     )
 
 
+def _beside_a_signal(messages: Sequence[Message], want: Want, asked: list[int]) -> tuple[Want, list[int]]:
+    """Return what is served, and to whom, where some want to act on a signal and others want something before."""
+    signalled = [rank for rank, message in enumerate(messages) if message.want is Want.SIGNAL]
+    if want is Want.VALIDATE:  # which is due between batches: all can act
+        return Want.SIGNAL, signalled
+    if want in (Want.ALL_GATHER, Want.CHECK, Want.STEP):
+        return Want.GO_ON, signalled
+    if want is Want.ROUND:
+        # In mid-step there is nothing to go on from exactly, unless the caller cannot leave it open.
+        insists = any(message.detail for message in messages if message.want is Want.ROUND)
+        return (Want.GO_ON, signalled) if insists else (Want.HOLD, asked)
+    return want, asked
+
+
 class Header:
     """The process group on which headers travel: Gloo, on the CPU, beside whatever the training uses.
 
@@ -228,8 +247,30 @@ class Header:
         self.rank = rank
         self.size = size
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-        self._note = f"lightning_localsgd/left/{self._group.group_name}" if self._group is not None else ""
+        self._board: Board | None = None
         self._work: dist.Work | None = None  # the last header
+
+    def open_board(self, signals: Signals) -> None:
+        """From now on leave word for the others between headers, and read what they leave; all ranks at once."""
+        self.close_board()
+        if self._group is not None:
+            name = f"lightning_localsgd/{self._group.group_name}"
+            self._board = Board(name, self.rank, signals)
+
+    def close_board(self) -> None:
+        """Read no more."""
+        if self._board is not None:
+            self._board.close()
+
+    @property
+    def tells_of_signals(self) -> bool:
+        """Whether some rank has left word of a signal that is still to be acted on."""
+        return self._board is not None and self._board.tells_of_signals
+
+    def turn_over(self) -> None:
+        """All ranks act on what they have left word of, at the same header."""
+        if self._board is not None:
+            self._board.turn_over()
 
     def exchange(self, message: Message) -> Decision:
         """Send ``message``, receive those of all ranks, and return what follows from them."""
@@ -286,8 +327,8 @@ class Header:
         """
         if self._group is None:
             return
-        with suppress(RuntimeError):  # the store is rank 0's, which may have left before
-            _get_default_store().set(self._note, "")
+        if self._board is not None:
+            self._board.leave()
         if (
             self._work is None or self._work.is_completed()
         ):  # else it was Ctrl-C in a header, and this would wait for it
@@ -299,7 +340,7 @@ class Header:
         self._group = None
 
     def look(self, who: str) -> None:
-        """Look for that note, which takes a moment but waits for nobody.
+        """Look for that note, as the board has read it.
 
         Args:
             who: begins the error: which rank this is, and where in the training.
@@ -307,11 +348,7 @@ class Header:
         Raises:
             RuntimeError: if another rank has left with an exception.
         """
-        try:
-            left = self._group is not None and _get_default_store().check([self._note])
-        except RuntimeError:  # the store has left with rank 0
-            left = True
-        if left:
+        if self._board is not None and self._board.left:
             raise RuntimeError(f"{who} cannot go on, because {_LEFT}.")
 
 

@@ -41,6 +41,7 @@ from lightning_localsgd.resume import Fit
 from lightning_localsgd.saving import Keeps
 from lightning_localsgd.schedule import Every, Schedule, require_known_needs
 from lightning_localsgd.sequences import require_step_by_step
+from lightning_localsgd.signals import REQUEUE, Signals
 from lightning_localsgd.worker import Worker
 
 _T = TypeVar("_T")
@@ -171,6 +172,7 @@ class LocalSGD(Keeps):
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
         self._resumed: dict[str, Any] = {}  # our entry in the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
+        self._signals = Signals()  # received from now on
         self._last: Worker | None = None  # of the last fit, for a checkpoint that is saved after it
         self._averages: list[_lightning.Average] = []  # of the callbacks of the fit in progress
         self._undo = ExitStack()  # puts back what a fit has wrapped
@@ -195,6 +197,7 @@ class LocalSGD(Keeps):
 
     def setup_environment(self) -> None:
         super().setup_environment()
+        self._signals.listens = self._trainer.state.fn == TrainerFn.FITTING
         if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             self._averages = _lightning.attach_callbacks(self._trainer, self._undo)
         if self._trainer.state.fn == TrainerFn.FITTING and self._pace_rule is not None:
@@ -299,6 +302,7 @@ class LocalSGD(Keeps):
             device=self.root_device,
             epoch=lambda: self._trainer.current_epoch,
             expected_steps=lambda: self._expected_steps,
+            signals=self._signals,
             act=self._act_on_signals,
             files=self._serve_files,
         )
@@ -308,11 +312,15 @@ class LocalSGD(Keeps):
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
         self._warn_of_step = StepWarning()
         self._worker.at_consensus = self._at_consensus
+        header.open_board(self._signals)
         self._worker.start(self._part["worker"] if self._part else None)
         self._unreduced = list(module.parameters())  # parameters whose gradients no reducer averages yet
 
     def teardown(self) -> None:
         self._undo.close()
+        self._signals.listens = False
+        if self._header is not None:
+            self._header.close_board()
         if self._worker is not None:
             self._worker.landing.rest()
             self._last = self._worker
@@ -487,15 +495,32 @@ class LocalSGD(Keeps):
             self._pacing.starts_batches()
 
     def before_batch(self) -> bool:
-        if self._fit is not None and not self._fit.before_batch():
-            return False
         worker = self.worker
+        if self._fit is not None and not self._fit.before_batch():
+            self._end_due_round()
+            return False
         worker.heed()
-        if worker.known_signals or (worker.signals and worker.alone):
+        if worker.hears_of_signals:
             worker.ask(Want.SIGNAL)
         if self._pacing is not None:
             self._pacing.before_batch()
         return True
+
+    def after_batch(self) -> None:
+        if not self.worker.round_is_due:
+            return
+        if self._fit is not None:
+            self._fit.ends_batch = True
+        self.worker.ask(Want.SIGNAL)
+        self._end_due_round()
+        if self._fit is not None:
+            self._fit.ends_batch = False
+
+    def _end_due_round(self) -> None:
+        if self.worker.round_is_due:
+            self.worker.end_round()
+            if self._pacing is not None:
+                self._pacing.follow()
 
     def ends_epoch(self) -> None:
         if self._fit is not None:
@@ -504,7 +529,6 @@ class LocalSGD(Keeps):
         if self._pacing is not None:
             self._pacing.ends_epoch(step)
         self._step_is_open = False
-        self.worker.act_on_signals()
         if self.worker.validation_is_due:
             self.worker.validation_is_due = False
             _lightning.validate_now(self._trainer)
@@ -551,11 +575,12 @@ class LocalSGD(Keeps):
         return self.reduce_boolean_decision(here, all=False)
 
     def receives(self, signals: int) -> None:
-        if self._worker is not None:
-            self._worker.signals |= signals
+        self._signals.receive(signals)
 
     def _act_on_signals(self, signals: int) -> None:
-        _lightning.act_on(self._trainer, signals)
+        is_saved = self._signals.has_acted_on(REQUEUE)
+        self._signals.acted_on(signals)
+        _lightning.act_on(self._trainer, signals, is_saved)
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -594,7 +619,7 @@ class LocalSGD(Keeps):
             return
         if self.worker.inside_consensus:
             raise RuntimeError("`synchronize` cannot be called inside `consensus()` or validation.")
-        self.worker.ask(Want.ROUND)
+        self.worker.ask(Want.ROUND, detail=1)  # now, whatever else
 
     # ------------------------------------------------------------------------------------------ Lightning's collectives
 

@@ -15,7 +15,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-SIGTERM, REQUEUE = 1, 2  # bits of `Message.signals`
+from lightning_localsgd.signals import REQUEUE, SIGTERM
+
 _GRACE = 5.0  # seconds for the processes of a launcher to say why they end; as long as Lightning gives them
 
 
@@ -36,6 +37,9 @@ class Hooks(Protocol):
 
     def before_batch(self) -> bool:
         """Before a batch is fetched; return whether one is to be run."""
+
+    def after_batch(self) -> None:
+        """After a batch and its hooks, before any validation."""
 
     def ends_untrained(self) -> None:
         """Where there is nothing to train: neither epochs nor hooks will follow."""
@@ -111,6 +115,7 @@ def attach(trainer: Trainer, hooks: Hooks) -> ExitStack:
     def run_batch(data_fetcher: Any) -> None:
         if hooks.before_batch():
             batch(data_fetcher)
+            hooks.after_batch()
 
     def load_loaders() -> None:
         hooks.has_loaders()
@@ -187,14 +192,30 @@ def validate_now(trainer: Trainer) -> None:
     trainer._logger_connector._first_loop_iter = first  # else the metrics of this epoch would begin anew
 
 
-def act_on(trainer: Trainer, signals: int) -> None:
-    """Do what Lightning's signal handlers do, outside of a handler and on all ranks at once."""
-    connector = trainer._signal_connector
+def act_on(trainer: Trainer, signals: int, is_saved: bool) -> None:
+    """Do what Lightning's signal handlers do, outside of a handler and on all ranks at once.
+
+    On SLURM SIGTERM saves too, but does not requeue: the scheduler does so, or not, where the job was cancelled.
+
+    Args:
+        trainer: whose fit it is.
+        signals: the bits of those that have come.
+        is_saved: whether there is a checkpoint to go on from, because of an earlier one.
+    """
+    connector: Any = trainer._signal_connector
     if signals & REQUEUE:
-        type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)  # type: ignore[arg-type]
+        type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)
+    elif signals & SIGTERM and not is_saved and requeues(trainer):
+        trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
     if signals & SIGTERM:
         connector.received_sigterm = True
         raise of(trainer, "utilities.exceptions").SIGTERMException
+
+
+def requeues(trainer: Trainer) -> bool:
+    """Whether this is a job of SLURM that goes on from the checkpoint of a signal by itself."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return bool(getattr(environment, "auto_requeue", False))
 
 
 def of(trainer: Trainer, module: str) -> Any:
