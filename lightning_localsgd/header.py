@@ -190,7 +190,7 @@ def decide(messages: Sequence[Message]) -> Decision:
         raise RuntimeError(_why_not(messages, want))
     if want is Want.ENDED and others:
         raise RuntimeError(_why_not(messages, want))
-    if Want.SIGNAL in others:
+    if Want.SIGNAL in {want, *others} and others:
         served, asked = _beside_a_signal(messages, want, asked)
 
     offers = {rank: (message.layout, message.frozen) for rank, message in enumerate(messages) if message.layout}
@@ -225,7 +225,8 @@ def _beside_a_signal(messages: Sequence[Message], want: Want, asked: list[int]) 
     signalled = [rank for rank, message in enumerate(messages) if message.want is Want.SIGNAL]
     if want is Want.VALIDATE:  # which is due between batches: all can act
         return Want.SIGNAL, signalled
-    if want in (Want.ALL_GATHER, Want.CHECK, Want.STEP):
+    in_step = want is Want.SIGNAL and any(message.want is Want.STEP for message in messages)
+    if want in (Want.ALL_GATHER, Want.CHECK) or in_step:
         return Want.GO_ON, signalled
     if want is Want.ROUND:
         # In mid-step there is nothing to go on from exactly, unless the caller cannot leave it open.
