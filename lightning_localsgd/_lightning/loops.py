@@ -209,7 +209,8 @@ def act_on(trainer: Trainer, signals: int, is_saved: bool) -> None:
         trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
     if signals & SIGTERM:
         connector.received_sigterm = True
-        raise of(trainer, "utilities.exceptions").SIGTERMException
+        # Not 0, which would say that the training is done: what a shell says of a process that SIGTERM has ended.
+        raise of(trainer, "utilities.exceptions").SIGTERMException(128 + signal.SIGTERM)
 
 
 def requeues(trainer: Trainer) -> bool:

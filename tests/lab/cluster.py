@@ -157,7 +157,7 @@ def cluster(number: int = 2, slurm: bool = True) -> Iterator[Cluster]:
         known = "".join(f"{address(rank)} {name}\n" for rank, name in enumerate(names))
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + known)
         (folder / "state").mkdir()
-        nodes = (f"NodeName=n{rank} NodeAddr={address(rank)} CPUs=2 Gres=gpu:2" for rank in range(number))
+        nodes = (f"NodeName=n{rank} NodeAddr={address(rank)} CPUs=6 Gres=gpu:2" for rank in range(number))
         text = CONFIGURATION.format(controller=address(number), folder=folder, nodes="\n".join(nodes))
         (folder / "slurm.conf").write_text(text)
         unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
