@@ -7,6 +7,7 @@ serves the want of at least one rank, or all ranks raise the same error.
 """
 
 import operator
+import socket
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,8 @@ from lightning_localsgd.progress import Report
 from lightning_localsgd.signals import Board, Signals
 
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
+
+HOST = socket.gethostname()
 
 T = TypeVar("T")
 
@@ -313,12 +316,13 @@ class Header:
         Raises:
             Exception: this rank's own; a ``RuntimeError`` with that of the first rank that had one, elsewhere.
         """
-        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        said = self.gather(None if error is None else (HOST, f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
         for rank, words in enumerate(said):
             if words is not None:
-                raise RuntimeError(f"Rank {rank} failed where all ranks must succeed: {words}")
+                host, what = words
+                raise RuntimeError(f"Rank {rank} on host {host} failed where all ranks must succeed: {what}")
 
     def leave(self) -> None:
         """Let the others know that this rank has left with an exception, without waiting for any of them.
@@ -350,7 +354,7 @@ class Header:
             RuntimeError: if another rank has left with an exception.
         """
         if self._board is not None and self._board.left:
-            raise RuntimeError(f"{who} cannot go on, because {_LEFT}.")
+            raise _stopped(who, _LEFT)
 
 
 @contextmanager
@@ -365,7 +369,28 @@ def explained(who: str) -> Generator[None, None, None]:
             why = f"the others have not come there within the `timeout` of the strategy ({error})"
         else:
             why = _LEFT
-        raise RuntimeError(f"{who} cannot go on, because {why}.") from error
+        raise _stopped(who, why) from error
+
+
+def _stopped(who: str, why: str) -> RuntimeError:
+    rank, where = who.split(",", 1)
+    return RuntimeError(f"{rank} on host {HOST},{where} cannot go on, because {why}.")
+
+
+@contextmanager
+def joining(strategy: Any) -> Generator[None, None, None]:
+    """Tell of a start that has failed who could not find whom."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # torch's errors of the store and of sockets are among them
+        environment = strategy.cluster_environment
+        if environment is None or strategy.world_size == 1:
+            raise
+        raise RuntimeError(
+            f"Rank {strategy.global_rank} on host {HOST}, which starts, cannot join the other workers "
+            f"at {environment.main_address}:{environment.main_port}, where {strategy.world_size} must come within the "
+            f"`timeout` of the strategy: {error}"
+        ) from error
 
 
 def _why_not(messages: Sequence[Message], want: Want) -> str:

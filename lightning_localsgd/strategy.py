@@ -28,7 +28,7 @@ from lightning_localsgd import _lightning
 from lightning_localsgd.checkpoint import Keeper
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import MetricSync, StepWarning
-from lightning_localsgd.header import Header, Want
+from lightning_localsgd.header import Header, Want, joining
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState
@@ -196,7 +196,8 @@ class LocalSGD(Keeps):
     # ------------------------------------------------------------------------------------------------ set up, tear down
 
     def setup_environment(self) -> None:
-        super().setup_environment()
+        with joining(self):
+            super().setup_environment()
         self._signals.listens = self._trainer.state.fn == TrainerFn.FITTING
         if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             self._averages = _lightning.attach_callbacks(self._trainer, self._undo)
@@ -272,6 +273,7 @@ class LocalSGD(Keeps):
         module = self.lightning_module
         assert module is not None
         header = self._talk()
+        header.open_board(self._signals)
         self._keeper = Keeper(header, self.local_rank == 0, self._own_part)
         optimizers = Optimizers(module, getattr(self.precision_plugin, "scaler", None))
         if self.outer is not None and self.outer.offload and self.root_device.type == "cpu":
@@ -312,7 +314,6 @@ class LocalSGD(Keeps):
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
         self._warn_of_step = StepWarning()
         self._worker.at_consensus = self._at_consensus
-        header.open_board(self._signals)
         self._worker.start(self._part["worker"] if self._part else None)
         self._unreduced = list(module.parameters())  # parameters whose gradients no reducer averages yet
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_localsgd import LocalSGDStrategy, Mean
+from lightning_localsgd.header import HOST
 from tests.models import Regression, batch, rank, same, state_of, trainer
 from tests.shell import ROOT
 from tests.workers import run_workers
@@ -151,7 +152,7 @@ def test_others_hear_of_it_at_once_even_if_the_process_lives_on(tmp_path):
             assert f"on purpose, in {where}" in message
             name, message = ranks[1 - who][where, who]
             assert name == "RuntimeError", where
-            assert message.startswith(f"Rank {1 - who}, which ")
+            assert message.startswith(f"Rank {1 - who} on host {HOST}, which ")
             assert message.endswith("cannot go on, because another worker has left; see the first error above.")
             assert "at its step " in message
     assert same([ends["again"] for ends in ranks])  # and both can fit again
@@ -164,8 +165,8 @@ def fail(where, who):
 @pytest.mark.parametrize(
     ("where", "says"),
     [
-        ("an average", "Rank 0, which averages its model, cannot go on"),
-        ("loader", "Rank 0, which ends a round at its step 4, cannot go on"),
+        ("an average", f"Rank 0 on host {HOST}, which averages its model, cannot go on"),
+        ("loader", f"Rank 0 on host {HOST}, which ends a round at its step 4, cannot go on"),
         ("setup", "onnection (closed|reset)"),  # so far it is torch that waits
     ],
 )
@@ -198,8 +199,8 @@ def test_others_hear_of_it_even_if_a_loading_process_keeps_connections_open(tmp_
     message, others_heard = run_workers(fail_and_leave_a_process, 2, str(tmp_path), timeout=60)
     assert others_heard
     assert message == (
-        "Rank 0, which ends a round at its step 4, cannot go on, because another worker has left; see the first error "
-        "above."
+        f"Rank 0 on host {HOST}, which ends a round at its step 4, cannot go on, because another worker has left; see "
+        "the first error above."
     )
 
 
@@ -254,7 +255,9 @@ def test_in_mid_round_a_signal_tells_that_another_worker_has_left(validate, tmp_
     ends = run_workers(fail_in_a_long_round, 2, str(tmp_path), validate, timeout=60)
     (name, message, batches_after), other = ends
     assert (name, batches_after) == ("RuntimeError", 0)
-    assert re.fullmatch(r"Rank 0, at its step \d+, cannot go on, because another worker has left; see .*", message)
+    assert re.fullmatch(
+        rf"Rank 0 on host {HOST}, at its step \d+, cannot go on, because another worker has left; see .*", message
+    )
     assert other == ("ZeroDivisionError", "on purpose", 0)
 
 

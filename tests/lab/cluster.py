@@ -147,8 +147,13 @@ class Cluster:
 
 
 @contextmanager
-def cluster(number: int = 2, slurm: bool = True) -> Iterator[Cluster]:
-    """Give that many hosts, named n0 and so on, and one more for the controller, named ctl; they have this disk."""
+def cluster(number: int = 2, nodes: int = 2) -> Iterator[Cluster]:
+    """Give hosts, named n0 and so on, and one more for the controller, named ctl; they share this machine's disk.
+
+    Args:
+        number: of hosts.
+        nodes: how many of them are SLURM's.
+    """
     with ExitStack() as undo:
         folder = Path(tempfile.mkdtemp(prefix="lsgd-lab-"))
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -157,8 +162,8 @@ def cluster(number: int = 2, slurm: bool = True) -> Iterator[Cluster]:
         known = "".join(f"{address(rank)} {name}\n" for rank, name in enumerate(names))
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + known)
         (folder / "state").mkdir()
-        nodes = (f"NodeName=n{rank} NodeAddr={address(rank)} CPUs=6 Gres=gpu:2" for rank in range(number))
-        text = CONFIGURATION.format(controller=address(number), folder=folder, nodes="\n".join(nodes))
+        lines = (f"NodeName=n{rank} NodeAddr={address(rank)} CPUs=6 Gres=gpu:2" for rank in range(nodes))
+        text = CONFIGURATION.format(controller=address(number), folder=folder, nodes="\n".join(lines))
         (folder / "slurm.conf").write_text(text)
         unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
         (folder / "cgroup.conf").write_text(f"CgroupPlugin={'autodetect' if unified else 'cgroup/v1'}\n")
@@ -169,8 +174,8 @@ def cluster(number: int = 2, slurm: bool = True) -> Iterator[Cluster]:
         for rank, name in enumerate(names):
             made.append(_host(name, network.names[rank], folder))
         lab = Cluster(network, tuple(made[:-1]), made[-1], folder)
-        if slurm:
-            _start_slurm(lab)
+        if nodes:
+            _start_slurm(lab, lab.hosts[:nodes])
         yield lab
 
 
@@ -183,7 +188,7 @@ def _host(name: str, namespace: str, folder: Path) -> Host:
     return Host(name, holder, {"SLURM_CONF": f"{folder}/slurm.conf", "GLOO_SOCKET_IFNAME": "eth0"})
 
 
-def _start_slurm(lab: Cluster) -> None:
+def _start_slurm(lab: Cluster, nodes: tuple[Host, ...]) -> None:
     key = lab.folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
@@ -193,9 +198,9 @@ def _start_slurm(lab: Cluster) -> None:
         lab.controller.start("munged", "--foreground", f"--key-file={key}", *places, stdout=out, stderr=out)
         _until(lambda: (lab.folder / "munge.socket").exists(), lab, "munged")
         lab.controller.start("slurmctld", "-D", stdout=out, stderr=out)
-        for host in lab.hosts:
+        for host in nodes:
             host.start("slurmd", "-D", "-N", host.name, stdout=out, stderr=out)
-    _until(lambda: _idle(lab) == len(lab.hosts), lab, "SLURM")
+    _until(lambda: _idle(lab) == len(nodes), lab, "SLURM")
 
 
 def _idle(lab: Cluster) -> int:

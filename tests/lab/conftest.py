@@ -22,5 +22,5 @@ def lab():
         if os.environ.get("CI"):
             pytest.fail(f"in CI nothing of the lab may be skipped, but {why}")
         pytest.skip(why)
-    with cluster(2) as made:
+    with cluster(12) as made:  # the first two are SLURM's, the others in pairs
         yield made

@@ -17,7 +17,7 @@ def test_a_job_runs_on_both_hosts(lab, tmp_path):
     job = lab.submit(f"--output={tmp_path}/out", script)
     assert lab.wait(job) == "COMPLETED"
     printed = (tmp_path / "out").read_text()
-    for rank, host in enumerate(lab.hosts):
+    for rank, host in enumerate(lab.hosts[:2]):
         assert host.name in printed.splitlines()
         assert f"10.77.0.{rank + 1}" in printed
 
@@ -29,7 +29,7 @@ def test_a_failed_job_is_seen_to_have_failed(lab, tmp_path):
 
 
 def test_a_link_is_shaped_cut_and_mended(lab):
-    one, other = lab.hosts
+    one, other = lab.hosts[:2]
     listens = "import socket; s = socket.create_server(('', 5001)); c, _ = s.accept(); "
     listens += "n = 0\nwhile data := c.recv(1 << 20): n += len(data)\nprint(n)"
     sends = f"import socket, time; s = socket.create_connection(('{other.name}', 5001)); t = time.time(); "

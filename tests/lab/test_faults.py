@@ -1,0 +1,219 @@
+"""What fails, and in which phase: all workers end soon, each with a sentence that says who, where and in what."""
+
+import ctypes
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.lab.cluster import address
+from tests.lab.faulty import PHASES, process
+
+TIMEOUT = 6.0  # the strategy's, here
+GRACE = 8.0  # seconds for a process to end once it has given up; the machine is busy with the other cells
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_localsgd", "tests.lab.faulty"])
+_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to which rank, and where."""
+
+    what: str
+    phase: str
+    rank: int = 1
+
+
+@dataclass
+class Ended:
+    """How each rank has ended, None being one that was killed, and after how many seconds all had."""
+
+    codes: list[int]
+    said: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two hosts of the lab that others leave alone."""
+
+    lab: object
+    first: int
+
+    def start(self, rank, log, port=29500, to=None, **options):
+        """Start a rank of a training on its host."""
+        host = self.lab.hosts[self.first + rank]
+        env = {
+            "MASTER_ADDR": to or address(self.first), "MASTER_PORT": str(port), "NODE_RANK": str(rank),
+            "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0",
+        }  # fmt: skip
+        given = {"phase": "", "timeout": TIMEOUT, "workers": 2, "resume": None} | options
+        args = (
+            given["folder"],
+            given["phase"],
+            rank,
+            given["saves"],
+            given["timeout"],
+            given["workers"],
+            given["resume"],
+        )
+        one = _CONTEXT.Process(target=process, args=(enter, f"/proc/{host.holder.pid}/ns", str(log), env, *args))
+        one.start()
+        return one
+
+
+def enter(namespaces):
+    """Move this process to a host, name and network."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "uts"):
+        with open(f"{namespaces}/{kind}") as namespace:
+            if libc.setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), kind)
+
+
+def wait_for(path, processes, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} is not there"
+        assert any(one.is_alive() for one in processes), f"all have ended before {path}"
+        time.sleep(0.01)
+
+
+def inflict(pair, fault, processes, saves):
+    """Do it."""
+    if fault.what == "killed":
+        os.kill(processes[fault.rank].pid, signal.SIGKILL)
+    elif fault.what == "cut off":
+        pair.lab.network.cut(pair.first + fault.rank)
+    elif fault.what == "stalled":
+        pair.lab.network.stall(pair.first + fault.rank)
+    elif fault.what == "full disk":
+        mount(saves, "size=300k")
+    elif fault.what == "read-only":
+        mount(saves, "ro")
+
+
+def mount(saves, options):
+    saves.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", saves], check=True)
+
+
+@contextmanager
+def nothing_left(pair, saves):
+    try:
+        yield
+    finally:
+        for rank in range(2):
+            pair.lab.network.mend(pair.first + rank)
+            pair.lab.network.shape(1000, pair.first + rank)
+        if saves.is_mount():
+            subprocess.run(["umount", "-l", saves], check=True)
+
+
+def run(pair, fault, folder):
+    """Train on the pair, let the fault happen, and return how it ended."""
+    folder.mkdir()
+    saves, logs = folder / "saves", [folder / f"log-{rank}" for rank in range(2)]
+    with nothing_left(pair, saves):
+        for rank in range(2):
+            pair.lab.network.shape(10, pair.first + rank)
+        if fault.what in ("full disk", "read-only"):
+            inflict(pair, fault, [], saves)
+        processes = [pair.start(rank, logs[rank], folder=folder, phase=fault.phase, saves=saves) for rank in range(2)]
+        try:
+            if fault.what not in ("full disk", "read-only"):
+                wait_for(folder / f"there-{fault.rank}", processes)
+                time.sleep(0.3 if fault.phase == "average" else 0.1)
+            start = time.monotonic()
+            inflict(pair, fault, processes, saves)
+            limit = 60 if fault.what in ("full disk", "read-only") else TIMEOUT + GRACE + 5
+            for one in processes:
+                one.join(max(0, start + limit - time.monotonic()))
+            seconds = time.monotonic() - start
+            alive = [rank for rank, one in enumerate(processes) if one.is_alive()]
+            said = [said_by(log) for log in logs]
+            assert not alive, f"{fault}: ranks {alive} have not ended after {seconds:.0f} s: {said}"
+            return Ended([one.exitcode for one in processes], said, seconds)
+        finally:
+            for one in processes:
+                one.kill()
+                one.join()
+
+
+def said_by(log):
+    """Return the last error that a rank has shown."""
+    printed = log.read_text() if log.exists() else ""
+    errors = _ERROR.findall(printed)
+    return errors[-1] if errors else printed[-2000:]
+
+
+CELLS = [
+    *(Fault(what, phase, rank) for what, rank in (("killed", 1), ("killed", 0)) for phase in PHASES),
+    *(Fault(what, phase) for what in ("cut off", "stalled") for phase in PHASES),
+    Fault("full disk", "save"),
+    Fault("read-only", "save"),
+]
+
+
+@pytest.fixture(scope="module")
+def ended(lab, tmp_path_factory):
+    """Return how each cell ended; five at a time, each on two hosts of its own."""
+    folder = tmp_path_factory.mktemp("faults")
+    pairs = [Pair(lab, first) for first in range(2, 12, 2)]
+    lock = threading.Lock()
+
+    def one(cell):
+        with lock:
+            pair = pairs.pop()
+        try:
+            return run(pair, cell, folder / str(CELLS.index(cell)))
+        except (AssertionError, subprocess.CalledProcessError) as error:
+            return error
+        finally:
+            with lock:
+                pairs.append(pair)
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        found = dict(zip(CELLS, pool.map(one, CELLS), strict=True))
+    lines = ["| fault | rank | phase | seconds | exit codes | said |", "|---|---|---|---|---|---|"]
+    for cell, end in found.items():
+        if isinstance(end, Ended):
+            lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end.seconds:.1f} | {end.codes} | {end.said} |")
+        else:
+            lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end} |")
+    Path("/tmp/lsgd-faults.md").write_text("\n".join(lines) + "\n")
+    return found
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.what}-{cell.phase}-{cell.rank}")
+def test_all_end_soon_and_say_who_where_and_in_what(ended, lab, cell):
+    end = ended[cell]
+    if isinstance(end, Exception):
+        raise end
+    for rank, (code, said) in enumerate(zip(end.codes, end.said, strict=True)):
+        if cell.what == "killed" and rank == cell.rank:
+            assert code == -signal.SIGKILL
+            continue
+        assert code not in (0, -signal.SIGKILL), said
+        assert re.search(r"Rank [01] on host n\d+\b", said), said
+        assert any(word in said for word in WORDS[cell.phase]), said
+    assert end.seconds < TIMEOUT + GRACE
+
+
+WORDS = {
+    "start": ["starts"],
+    "local step": ["ends a round at its step", "at its step"],
+    "average": ["averages its model", "ends a round at its step"],
+    "save": ["saves or removes a checkpoint", "must succeed", "looks at"],
+    "validation": ["validat", "reduces a value"],
+}
