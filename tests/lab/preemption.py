@@ -26,8 +26,10 @@ from pathlib import Path
 import torch
 
 from lightning_localsgd.checkpoint import Parts
+from lightning_localsgd.cli import main as main_of_command
 from tests.lab.cluster import Cluster, cluster, missing
-from tests.shell import COMMAND, ROOT, ok
+from tests.shell import ROOT
+from tests.workers import run_workers
 
 SCRIPT = ROOT / "examples" / "slurm" / "preemptible.sbatch"
 ENV = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -85,14 +87,17 @@ def undisturbed(period: str) -> str:
     """Return the digest of the weights of the run that nobody interrupts, by two processes of this machine."""
     folder = Path(tempfile.mkdtemp())
     try:
-        config = ["--config", ROOT / "configs" / "slurm.yaml"]
-        env = ["OMP_NUM_THREADS=1", f"PYTHONPATH={ROOT}"]
-        ok("env", *env, COMMAND, "fit", *config, *words(period, (0, 0), 0, folder))
+        run_workers(_train, 2, words(period, (0, 0), 0, folder))
         digests = {(folder / f"digest-{rank}").read_text() for rank in range(2)}
         assert len(digests) == 1
         return digests.pop()
     finally:
         shutil.rmtree(folder)
+
+
+def _train(given: list[str]) -> None:
+    sys.argv = ["lightning-localsgd", "fit", "--config", str(ROOT / "configs" / "slurm.yaml"), *given]
+    main_of_command()
 
 
 def interrupt(lab: Cluster, plan: Plan, folder: Path) -> Outcome:
@@ -167,7 +172,7 @@ def soak(lab: Cluster, seeds: range, at_once: int = 3) -> list[Outcome]:
     """Run these plans; raise after all if one failed."""
     folders = Path(tempfile.mkdtemp(prefix="lsgd-preempted-"))
     for period in sorted({Plan.draw(seed).period for seed in seeds}):
-        undisturbed(period)
+        undisturbed(period)  # once, and not by several threads
 
     def one(seed: int) -> Outcome | AssertionError:
         folder = folders / str(seed)
