@@ -58,16 +58,9 @@ class Pair:
             "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0",
         }  # fmt: skip
         given = {"phase": "", "timeout": TIMEOUT, "workers": 2, "resume": None} | options
-        args = (
-            given["folder"],
-            given["phase"],
-            rank,
-            given["saves"],
-            given["timeout"],
-            given["workers"],
-            given["resume"],
+        one = _CONTEXT.Process(
+            target=process, args=(enter, f"/proc/{host.holder.pid}/ns", str(log), env, given | {"rank": rank})
         )
-        one = _CONTEXT.Process(target=process, args=(enter, f"/proc/{host.holder.pid}/ns", str(log), env, *args))
         one.start()
         return one
 
