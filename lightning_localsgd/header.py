@@ -7,14 +7,14 @@ serves the want of at least one rank, or all ranks raise the same error.
 """
 
 import operator
-import socket
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from datetime import timedelta
 from enum import IntEnum
 from functools import reduce
+from socket import gethostname
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +25,6 @@ from lightning_localsgd.progress import Report
 from lightning_localsgd.signals import Board, Signals
 
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
-
-HOST = socket.gethostname()
 
 T = TypeVar("T")
 
@@ -253,6 +251,7 @@ class Header:
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
         self._board: Board | None = None
         self._work: dist.Work | None = None  # the last header
+        self._who = f"Rank {rank}, which starts,"  # and what it was doing then
 
     def open_board(self, signals: Signals) -> None:
         """From now on leave word for the others between headers, and read what they leave; all ranks at once."""
@@ -282,7 +281,7 @@ class Header:
             return decide([message])
         mine = message.row()
         rows = torch.empty(self.size, len(mine), dtype=torch.int64)
-        who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
+        who = self._who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
         with torch.profiler.record_function("localsgd::header"), explained(who):
             self._work = dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True)
             while not self._work.is_completed():
@@ -293,13 +292,18 @@ class Header:
             self._work.wait()  # raises if it has failed
         return decide([Message.of(row) for row in rows])
 
+    def telling(self) -> AbstractContextManager[None]:
+        """Within it a collective that fails tells what the last header was about."""
+        return explained(self._who)
+
     # After a header, what is said in so many words, by all ranks at once.
 
     def broadcast(self, value: Any, source: int) -> Any:
         """Return the value of rank ``source``."""
         box = [value]
         if self._group is not None:
-            dist.broadcast_object_list(box, source, group=self._group)
+            with self.telling():
+                dist.broadcast_object_list(box, source, group=self._group)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
@@ -307,7 +311,8 @@ class Header:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        with self.telling():
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def agree(self, error: Exception | None) -> None:
@@ -316,7 +321,7 @@ class Header:
         Raises:
             Exception: this rank's own; a ``RuntimeError`` with that of the first rank that had one, elsewhere.
         """
-        said = self.gather(None if error is None else (HOST, f"{type(error).__name__}: {error}"))
+        said = self.gather(None if error is None else (gethostname(), f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
         for rank, words in enumerate(said):
@@ -363,7 +368,7 @@ def explained(who: str) -> Generator[None, None, None]:
     try:
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error):  # something else: Gloo's errors name its files
+        if "gloo" not in str(error) or _STOPPED in str(error):  # something else, or told: Gloo's errors name its files
             raise
         if "imed out" in str(error):
             why = f"the others have not come there within the `timeout` of the strategy ({error})"
@@ -374,23 +379,7 @@ def explained(who: str) -> Generator[None, None, None]:
 
 def _stopped(who: str, why: str) -> RuntimeError:
     rank, where = who.split(",", 1)
-    return RuntimeError(f"{rank} on host {HOST},{where} cannot go on, because {why}.")
-
-
-@contextmanager
-def joining(strategy: Any) -> Generator[None, None, None]:
-    """Tell of a start that has failed who could not find whom."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:  # torch's errors of the store and of sockets are among them
-        environment = strategy.cluster_environment
-        if environment is None or strategy.world_size == 1:
-            raise
-        raise RuntimeError(
-            f"Rank {strategy.global_rank} on host {HOST}, which starts, cannot join the other workers "
-            f"at {environment.main_address}:{environment.main_port}, where {strategy.world_size} must come within the "
-            f"`timeout` of the strategy: {error}"
-        ) from error
+    return RuntimeError(f"{rank} on host {gethostname()},{where} {_STOPPED} {why}.")
 
 
 def _why_not(messages: Sequence[Message], want: Want) -> str:
@@ -413,6 +402,7 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
     return f"The ranks have come apart: {where[first]} while {where[other]}."
 
 
+_STOPPED = "cannot go on, because"
 _LEFT = "another worker has left; see the first error above"
 
 _DOING = {

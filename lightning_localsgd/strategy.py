@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -28,7 +28,7 @@ from lightning_localsgd import _lightning
 from lightning_localsgd.checkpoint import Keeper
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import MetricSync, StepWarning
-from lightning_localsgd.header import Header, Want, joining
+from lightning_localsgd.header import Header, Want, explained
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState
@@ -42,6 +42,7 @@ from lightning_localsgd.saving import Keeps
 from lightning_localsgd.schedule import Every, Schedule, require_known_needs
 from lightning_localsgd.sequences import require_step_by_step
 from lightning_localsgd.signals import REQUEUE, Signals
+from lightning_localsgd.start import joining
 from lightning_localsgd.worker import Worker
 
 _T = TypeVar("_T")
@@ -196,7 +197,7 @@ class LocalSGD(Keeps):
     # ------------------------------------------------------------------------------------------------ set up, tear down
 
     def setup_environment(self) -> None:
-        with joining(self):
+        with joining(self, self._timeout):
             super().setup_environment()
         self._signals.listens = self._trainer.state.fn == TrainerFn.FITTING
         if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
@@ -629,6 +630,11 @@ class LocalSGD(Keeps):
         """Whether there is nobody to talk to, or no talking on the way out with an exception."""
         return self.world_size == 1 or (self.lightning_module is not None and self._trainer.interrupted)
 
+    def _telling(self) -> AbstractContextManager[None]:
+        if self._header is None:
+            return explained(f"Rank {self.global_rank}, which starts,")
+        return self._header.telling()
+
     def _listen(self) -> None:
         if self._trainer.training and self.worker.clock.averages_models:
             self._warn_of_step()
@@ -640,16 +646,18 @@ class LocalSGD(Keeps):
             self._listen()
             self.worker.ask(Want.BARRIER)
         else:
-            super().barrier(*args, **kwargs)
+            with self._telling():
+                super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
         if self._is_silent:
             return obj
-        if not self._running:
-            return super().broadcast(obj, src)
-        self._listen()
-        value: _T = self.worker.collectives.broadcast(obj, src)
-        return value
+        with self._telling():
+            if not self._running:
+                return super().broadcast(obj, src)
+            self._listen()
+            value: _T = self.worker.collectives.broadcast(obj, src)
+            return value
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         if self._is_silent or not isinstance(tensor, Tensor):
@@ -658,18 +666,21 @@ class LocalSGD(Keeps):
         if not self._running or group not in (None, dist.group.WORLD):
             return everyone()
         self._listen()
-        value, _ = self.worker.collectives.reduce(tensor, reduce_op, everyone)
+        with self._telling():
+            value, _ = self.worker.collectives.reduce(tensor, reduce_op, everyone)
         return value
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
         if self._is_silent:
             return decision
         if not self._running:
-            return super().reduce_boolean_decision(decision, all)
+            with self._telling():
+                return super().reduce_boolean_decision(decision, all)
         self._listen()
         votes = torch.tensor(int(decision), device=self.root_device)
         everyone = partial(super().reduce, votes, reduce_op="sum")
-        total, voters = self.worker.collectives.reduce(votes, "sum", everyone)
+        with self._telling():
+            total, voters = self.worker.collectives.reduce(votes, "sum", everyone)
         return bool(total == voters) if all else bool(total)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -678,15 +689,17 @@ class LocalSGD(Keeps):
         if self._running and group in (None, dist.group.WORLD):
             self._listen()
             self.worker.ask(Want.ALL_GATHER)
-        return super().all_gather(tensor, group, sync_grads)
+        with self._telling():
+            return super().all_gather(tensor, group, sync_grads)
 
     def _gather_metric(self, tensor: Tensor) -> list[Tensor]:
         if self._is_silent:
             return [tensor]
-        if not self._running:
-            return list(gather_all_tensors(tensor))
-        self._listen()
-        return self.worker.collectives.gather(tensor)
+        with self._telling():
+            if not self._running:
+                return list(gather_all_tensors(tensor))
+            self._listen()
+            return self.worker.collectives.gather(tensor)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

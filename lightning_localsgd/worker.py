@@ -161,7 +161,7 @@ class Worker:
 
     def ask(self, want: Want, detail: int = 0) -> Decision:
         """Send headers, and take part in what the others want, until this worker's own want is served."""
-        with self.measured.pause():
+        with self.measured.pause(), self._header.telling():
             return self._ask(want, detail)
 
     def _ask(self, want: Want, detail: int) -> Decision:

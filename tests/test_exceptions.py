@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
 
 import pytest
@@ -16,10 +17,11 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_localsgd import LocalSGDStrategy, Mean
-from lightning_localsgd.header import HOST
 from tests.models import Regression, batch, rank, same, state_of, trainer
 from tests.shell import ROOT
 from tests.workers import run_workers
+
+HOST = gethostname()
 
 SOON = 25  # seconds, on a busy machine; torch's and torchrun's own SIGKILL come 30 s after the first error
 

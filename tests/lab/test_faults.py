@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from tests.lab.faulty import PHASES, process
 
 TIMEOUT = 6.0  # the strategy's, here
 GRACE = 8.0  # seconds for a process to end once it has given up; the machine is busy with the other cells
+BEFORE = ("full disk", "read-only", "port in use", "no such name", "one is missing")  # so before anything has begun
+LISTENS = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_localsgd", "tests.lab.faulty"])
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*", re.MULTILINE)
@@ -88,12 +91,19 @@ def inflict(pair, fault, processes, saves):
         os.kill(processes[fault.rank].pid, signal.SIGKILL)
     elif fault.what == "cut off":
         pair.lab.network.cut(pair.first + fault.rank)
+    elif fault.what == "cut off for 2 s":
+        pair.lab.network.cut(pair.first + fault.rank)
+        time.sleep(2)
+        pair.lab.network.mend(pair.first + fault.rank)
     elif fault.what == "stalled":
         pair.lab.network.stall(pair.first + fault.rank)
     elif fault.what == "full disk":
         mount(saves, "size=300k")
     elif fault.what == "read-only":
         mount(saves, "ro")
+    elif fault.what == "port in use":
+        pair.lab.hosts[pair.first].start(sys.executable, "-c", LISTENS)
+        time.sleep(2)
 
 
 def mount(saves, options):
@@ -107,6 +117,8 @@ def nothing_left(pair, saves):
         yield
     finally:
         for rank in range(2):
+            for started in pair.lab.hosts[pair.first + rank].started:
+                started.kill()
             pair.lab.network.mend(pair.first + rank)
             pair.lab.network.shape(1000, pair.first + rank)
         if saves.is_mount():
@@ -120,21 +132,28 @@ def run(pair, fault, folder):
     with nothing_left(pair, saves):
         for rank in range(2):
             pair.lab.network.shape(10, pair.first + rank)
-        if fault.what in ("full disk", "read-only"):
+        if fault.what in BEFORE:
             inflict(pair, fault, [], saves)
-        processes = [pair.start(rank, logs[rank], folder=folder, phase=fault.phase, saves=saves) for rank in range(2)]
+        who, to = [0] if fault.what == "one is missing" else [0, 1], "nowhere" if fault.what == "no such name" else None
+        given = {"folder": folder, "phase": fault.phase, "saves": saves, "to": to}
+        begun = time.time()
+        processes = [pair.start(rank, logs[rank], **given) for rank in who]
         try:
-            if fault.what not in ("full disk", "read-only"):
+            if fault.what not in BEFORE:
                 wait_for(folder / f"there-{fault.rank}", processes)
                 time.sleep(0.3 if fault.phase == "average" else 0.1)
             start = time.monotonic()
-            inflict(pair, fault, processes, saves)
-            limit = 60 if fault.what in ("full disk", "read-only") else TIMEOUT + GRACE + 5
+            if fault.what not in BEFORE:
+                inflict(pair, fault, processes, saves)
+            limit = 60 if fault.what in (*BEFORE, "cut off for 2 s") else 2 * TIMEOUT + GRACE
             for one in processes:
                 one.join(max(0, start + limit - time.monotonic()))
             seconds = time.monotonic() - start
+            if fault.what in BEFORE:
+                seen = [path.stat().st_mtime for path in [folder / "there-0"] if path.exists()]
+                seconds = max(log.stat().st_mtime for log in logs if log.exists()) - (seen or [begun])[0]
             alive = [rank for rank, one in enumerate(processes) if one.is_alive()]
-            said = [said_by(log) for log in logs]
+            said = [said_by(logs[rank]) for rank in who]
             assert not alive, f"{fault}: ranks {alive} have not ended after {seconds:.0f} s: {said}"
             return Ended([one.exitcode for one in processes], said, seconds)
         finally:
@@ -150,26 +169,32 @@ def said_by(log):
     return errors[-1] if errors else printed[-2000:]
 
 
+def name_of(cell):
+    return f"{cell.what}-{cell.phase}-{cell.rank}".replace(" ", "-")
+
+
 CELLS = [
     *(Fault(what, phase, rank) for what, rank in (("killed", 1), ("killed", 0)) for phase in PHASES),
     *(Fault(what, phase) for what in ("cut off", "stalled") for phase in PHASES),
     Fault("full disk", "save"),
     Fault("read-only", "save"),
+    *(Fault(what, "start") for what in ("port in use", "no such name", "one is missing")),
 ]
+NO_FAULTS = [Fault("none", "local step"), Fault("cut off for 2 s", "average")]
 
 
 @pytest.fixture(scope="module")
 def ended(lab, tmp_path_factory):
     """Return how each cell ended; five at a time, each on two hosts of its own."""
     folder = tmp_path_factory.mktemp("faults")
-    pairs = [Pair(lab, first) for first in range(2, 12, 2)]
+    pairs, cells = [Pair(lab, first) for first in range(2, 12, 2)], [*CELLS, *NO_FAULTS]
     lock = threading.Lock()
 
     def one(cell):
         with lock:
             pair = pairs.pop()
         try:
-            return run(pair, cell, folder / str(CELLS.index(cell)))
+            return run(pair, cell, folder / name_of(cell))
         except (AssertionError, subprocess.CalledProcessError) as error:
             return error
         finally:
@@ -177,7 +202,7 @@ def ended(lab, tmp_path_factory):
                 pairs.append(pair)
 
     with ThreadPoolExecutor(len(pairs)) as pool:
-        found = dict(zip(CELLS, pool.map(one, CELLS), strict=True))
+        found = dict(zip(cells, pool.map(one, cells), strict=True))
     lines = ["| fault | rank | phase | seconds | exit codes | said |", "|---|---|---|---|---|---|"]
     for cell, end in found.items():
         if isinstance(end, Ended):
@@ -185,12 +210,12 @@ def ended(lab, tmp_path_factory):
         else:
             lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end} |")
     Path("/tmp/lsgd-faults.md").write_text("\n".join(lines) + "\n")
-    return found
+    return found, folder
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.what}-{cell.phase}-{cell.rank}")
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_all_end_soon_and_say_who_where_and_in_what(ended, lab, cell):
-    end = ended[cell]
+    end = ended[0][cell]
     if isinstance(end, Exception):
         raise end
     for rank, (code, said) in enumerate(zip(end.codes, end.said, strict=True)):
@@ -200,7 +225,35 @@ def test_all_end_soon_and_say_who_where_and_in_what(ended, lab, cell):
         assert code not in (0, -signal.SIGKILL), said
         assert re.search(r"Rank [01] on host n\d+\b", said), said
         assert any(word in said for word in WORDS[cell.phase]), said
-    assert end.seconds < TIMEOUT + GRACE
+    assert end.seconds < TIMEOUT * (2 if cell.phase == "start" else 1) + GRACE
+
+
+def test_a_link_that_comes_back_within_the_timeout_changes_nothing(ended):
+    found, folder = ended
+    for cell in NO_FAULTS:
+        if isinstance(found[cell], Exception):
+            raise found[cell]
+        assert found[cell].codes == [0, 0]
+    assert digests(folder / name_of(NO_FAULTS[0])) == digests(folder / name_of(NO_FAULTS[1]))
+
+
+@pytest.mark.parametrize(
+    "cell", [Fault("killed", "average"), Fault("killed", "save", 0), Fault("stalled", "validation")]
+)
+def test_a_restart_goes_on_exactly_from_the_newest_checkpoint(ended, lab, tmp_path, cell):
+    _, folder = ended
+    saves = folder / name_of(cell) / "saves"
+    newest = max(saves.glob("*.ckpt"), key=os.path.getmtime, default=None)
+    given = {"folder": tmp_path, "saves": tmp_path / "saves", "resume": newest and str(newest)}
+    processes = [Pair(lab, 2).start(rank, tmp_path / f"log-{rank}", **given) for rank in range(2)]
+    for one in processes:
+        one.join(60)
+    assert [one.exitcode for one in processes] == [0, 0], (tmp_path / "log-0").read_text()
+    assert digests(tmp_path) == digests(folder / name_of(NO_FAULTS[0]))
+
+
+def digests(folder):
+    return [(folder / f"digest-{rank}").read_text() for rank in range(2)]
 
 
 WORDS = {

@@ -1,0 +1,34 @@
+"""Jobs that are interrupted and requeued by a real SLURM end as if nobody had interrupted them."""
+
+import time
+
+import pytest
+import torch
+
+from tests.lab.preemption import ENV, SCRIPT, _file, soak, undisturbed, words
+
+
+def test_ten_runs_interrupted_at_random_moments(lab):
+    outcomes = soak(lab, range(10), at_once=4)
+    assert sum(outcome.turns for outcome in outcomes) >= 8
+    assert max(second for outcome in outcomes for second in outcome.seconds) < 10
+
+
+@pytest.mark.parametrize("words_of_slurm", [[]], ids=["by SIGTERM"])
+def test_a_job_that_a_more_urgent_one_displaces_goes_on(lab, tmp_path, words_of_slurm):
+    given = words("AtEnd", (0.1, 0.1), 0, tmp_path)
+    # On its 6 cores a node has place for one of the two.
+    options = [f"--output={tmp_path}/job.out", "--time=10", "--cpus-per-task=5", *words_of_slurm]
+    job = lab.submit(*options, SCRIPT, *given, env=ENV)
+    assert _file(lab, job, tmp_path / "step-0-0") is not None
+    (tmp_path / "urgent").write_text("#!/bin/bash\nsleep 1\n")
+    urgent = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=5", "--output=/dev/null"]
+    at = time.time()
+    lab.submit(*urgent, tmp_path / "urgent")
+    assert _file(lab, job, tmp_path / "pid-1-0") is not None, (tmp_path / "job.out").read_text()
+    saved = tmp_path / "hpc_ckpt_1.ckpt"
+    assert saved.stat().st_mtime - at < 15
+    assert lab.wait(job, 120) == "COMPLETED"
+    assert [(tmp_path / f"digest-{rank}").read_text() for rank in range(2)] == [undisturbed("AtEnd")] * 2
+    assert sorted(path.name for path in tmp_path.glob("hpc_ckpt_*")) == [saved.name]
+    assert torch.load(saved, weights_only=True)["lightning_localsgd"]["workers"] == 2
