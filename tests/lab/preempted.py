@@ -43,8 +43,10 @@ class Tells(Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.turn = os.environ.get("SLURM_RESTART_COUNT", "0")
-        self.rank = os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK", "0")
+        self.turn = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.rank = next(
+            (os.environ[name] for name in ("SLURM_PROCID", "RANK", "LOCAL_RANK") if name in os.environ), "0"
+        )
         self._tell("pid", os.getpid())  # while the trainer is made, before or after the strategy
 
     def _tell(self, what, value):

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def undisturbed(period: str) -> str:
 
 def _train(given: list[str]) -> None:
     sys.argv = ["lightning-localsgd", "fit", "--config", str(ROOT / "configs" / "slurm.yaml"), *given]
+    warnings.simplefilter("ignore")  # of what Lightning calls
     main_of_command()
 
 

@@ -258,7 +258,7 @@ def digests(folder):
 
 WORDS = {
     "start": ["starts"],
-    "local step": ["ends a round at its step", "at its step"],
+    "local step": ["ends a round at its step", "at its step", "averages its model"],
     "average": ["averages its model", "ends a round at its step"],
     "save": ["saves or removes a checkpoint", "must succeed", "looks at"],
     "validation": ["validat", "reduces a value"],
