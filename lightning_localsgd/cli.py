@@ -17,8 +17,9 @@ def main() -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m lightning_localsgd` does
-    # A turn of a requeued job finds the configuration that the turn before has saved: the same one.
-    again = any(int(os.environ.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    # A turn of a requeued job finds the configuration that the turn before has saved: the same one. What torchrun counts
+    # differs between nodes, and whoever does not overwrite waits for the others.
+    again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
     LightningCLI(
         save_config_kwargs={"overwrite": again},
         trainer_defaults={"strategy": {"class_path": "lightning_localsgd.LocalSGDStrategy"}},

@@ -21,6 +21,8 @@ from pathlib import Path
 from tests.lab.cluster import Cluster, address, cluster, missing
 from tests.lab.preemption import ENV, PERIODS, undisturbed
 
+OWN = {"OMP_NUM_THREADS": "1"}
+
 
 def kill(lab: Cluster, seed: int, folder: Path, first: int = 0) -> str:
     """Run once on two hosts from ``first`` on, kill a worker, and see that the run ends well; say how it went."""
@@ -35,7 +37,7 @@ def kill(lab: Cluster, seed: int, folder: Path, first: int = 0) -> str:
         host = lab.hosts[first + node]
         here = [f"--local-addr={address(first + node)}", "--no-python", *tail]
         command = [sys.executable, "-m", "torch.distributed.run", *where, *meets, *here]
-        agents.append(host.start(*command, env=ENV | {"OMP_NUM_THREADS": "1"}, stdout=logs[node], stderr=logs[node]))
+        agents.append(host.start(*command, env=ENV | OWN, stdout=logs[node], stderr=logs[node]))
     try:
         deadline = time.monotonic() + 60
         while not (folder / f"pid-0-{rank}").exists():
@@ -49,7 +51,7 @@ def kill(lab: Cluster, seed: int, folder: Path, first: int = 0) -> str:
         for agent, log in zip(agents, logs, strict=True):
             agent.terminate()
             log.close()
-    turns = len(list(folder.glob("pid-*-0"))) - 1
+    turns = max(len(list(folder.glob(f"pid-*-{one}"))) for one in range(2)) - 1
     told = f"seed {seed}, period {period}, rank {rank} after {after:.1f} s, restarts: {turns}"
     printed = "\n".join(Path(log.name).read_text() for log in logs)
     assert codes == [0, 0], f"{told}: {codes}: {printed}"

@@ -24,6 +24,7 @@ if __name__ == "__main__":
         "--trainer.callbacks.save_top_k=-1",
     ]
     given = words(period, (0.03, 0.03), 0, folder)
+    saving.append("--trainer.strategy.timeout=0:00:30")
     of_job = [f"--trainer.num_nodes={os.environ['GROUP_WORLD_SIZE']}", "--trainer.devices=1"]
     sys.argv = ["lightning-localsgd", "fit", "--config", str(ROOT / "configs" / "slurm.yaml")]
     sys.argv += [*given, *saving, *of_job, *newest(folder)]
