@@ -17,8 +17,8 @@ def main() -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m lightning_localsgd` does
-    # A turn of a requeued job finds the configuration that the turn before has saved: the same one. What torchrun counts
-    # differs between nodes, and whoever does not overwrite waits for the others.
+    # A turn of a requeued job finds the configuration that the turn before has saved: the same one. (What torchrun
+    # counts differs between nodes, and who does not overwrite waits for the others.)
     again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
     LightningCLI(
         save_config_kwargs={"overwrite": again},

@@ -1,6 +1,7 @@
 """The loops: methods of one trainer's are wrapped while it fits, for hooks that a strategy has not."""
 
 import atexit
+import os
 import signal
 import subprocess
 import time
@@ -195,7 +196,8 @@ def validate_now(trainer: Trainer) -> None:
 def act_on(trainer: Trainer, signals: int, is_saved: bool) -> None:
     """Do what Lightning's signal handlers do, outside of a handler and on all ranks at once.
 
-    On SLURM SIGTERM saves too, but does not requeue: the scheduler does so, or not, where the job was cancelled.
+    On SLURM SIGTERM does the same as SIGUSR1, unless the scheduler has ended the job: cancelled, or requeued by it. One
+    that is to make place for another one is not, and would be over if it ended without being requeued.
 
     Args:
         trainer: whose fit it is.
@@ -203,17 +205,28 @@ def act_on(trainer: Trainer, signals: int, is_saved: bool) -> None:
         is_saved: whether there is a checkpoint to go on from, because of an earlier one.
     """
     connector: Any = trainer._signal_connector
-    if signals & REQUEUE:
-        type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)
-    elif signals & SIGTERM and not is_saved and requeues(trainer):
-        trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+    if signals & REQUEUE or (signals & SIGTERM and not is_saved and _requeues(trainer)):
+        if signals & REQUEUE or (trainer.is_global_zero and _job_runs()):
+            type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)
+        else:  # it saves in the same way, and rank 0 alone requeues
+            trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
     if signals & SIGTERM:
         connector.received_sigterm = True
         # Not 0, which would say that the training is done: what a shell says of a process that SIGTERM has ended.
         raise of(trainer, "utilities.exceptions").SIGTERMException(128 + signal.SIGTERM)
 
 
-def requeues(trainer: Trainer) -> bool:
+def _job_runs() -> bool:
+    """Whether SLURM says that this job runs, neither cancelled nor ended nor requeued."""
+    command = ["scontrol", "--oneliner", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return "JobState=RUNNING" in told
+
+
+def _requeues(trainer: Trainer) -> bool:
     """Whether this is a job of SLURM that goes on from the checkpoint of a signal by itself."""
     environment = trainer._accelerator_connector.cluster_environment
     return bool(getattr(environment, "auto_requeue", False))

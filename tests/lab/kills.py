@@ -21,7 +21,8 @@ from pathlib import Path
 from tests.lab.cluster import Cluster, address, cluster, missing
 from tests.lab.preemption import ENV, PERIODS, undisturbed
 
-OWN = {"OMP_NUM_THREADS": "1"}
+# torch lets the attempts share a store, where one that was killed while it joined has left its address to the next.
+OWN = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def kill(lab: Cluster, seed: int, folder: Path, first: int = 0) -> str:

@@ -4,8 +4,8 @@
 
 Each run is `examples/slurm/preemptible.sbatch` on two hosts under a real SLURM. It trains digits for four epochs, with
 rounds of 1, 5, 100 or all steps; one worker may be up to five times slower. At a random moment since its processes
-are there, SIGUSR1 or SIGTERM comes to one worker or to both, in some runs in the second turn again. After SIGUSR1 the
-job requeues itself; after SIGTERM, which is how schedulers end jobs, the script has it requeued. In the end all weights
+are there, SIGUSR1 or SIGTERM comes to one worker or to both, in some runs in the second turn again. The job
+requeues itself. In the end all weights
 must be those of the run that nobody interrupted, bit for bit, with one checkpoint of each interruption.
 """
 
@@ -124,10 +124,6 @@ def interrupt(lab: Cluster, plan: Plan, folder: Path) -> Outcome:
                 os.kill(int(pids[rank]), number)
         outcome.moments.append(f"{number.name} to {who} after {after:.1f} s, at steps {steps}, trains: {trains}")
         saved = folder / f"hpc_ckpt_{outcome.turns + 1}.ckpt"
-        if number == signal.SIGTERM:
-            if lab.wait(job, 90) == "COMPLETED":
-                break
-            lab.controller.run("scontrol", "requeue", job)
         if not _goes_on(lab, job, folder, turn + 1):
             break
         outcome.turns += 1

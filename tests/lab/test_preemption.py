@@ -2,7 +2,6 @@
 
 import time
 
-import pytest
 import torch
 
 from tests.lab.preemption import ENV, SCRIPT, _file, soak, undisturbed, words
@@ -14,11 +13,10 @@ def test_ten_runs_interrupted_at_random_moments(lab):
     assert max(second for outcome in outcomes for second in outcome.seconds) < 10
 
 
-@pytest.mark.parametrize("words_of_slurm", [[]], ids=["by SIGTERM"])
-def test_a_job_that_a_more_urgent_one_displaces_goes_on(lab, tmp_path, words_of_slurm):
+def test_a_job_that_a_more_urgent_one_displaces_goes_on(lab, tmp_path):
     given = words("AtEnd", (0.1, 0.1), 0, tmp_path)
     # On its 6 cores a node has place for one of the two.
-    options = [f"--output={tmp_path}/job.out", "--time=10", "--cpus-per-task=5", *words_of_slurm]
+    options = [f"--output={tmp_path}/job.out", "--time=10", "--cpus-per-task=5"]
     job = lab.submit(*options, SCRIPT, *given, env=ENV)
     assert _file(lab, job, tmp_path / "step-0-0") is not None
     (tmp_path / "urgent").write_text("#!/bin/bash\nsleep 1\n")
@@ -32,3 +30,13 @@ def test_a_job_that_a_more_urgent_one_displaces_goes_on(lab, tmp_path, words_of_
     assert [(tmp_path / f"digest-{rank}").read_text() for rank in range(2)] == [undisturbed("AtEnd")] * 2
     assert sorted(path.name for path in tmp_path.glob("hpc_ckpt_*")) == [saved.name]
     assert torch.load(saved, weights_only=True)["lightning_localsgd"]["workers"] == 2
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(lab, tmp_path):
+    job = lab.submit(f"--output={tmp_path}/job.out", SCRIPT, *words("AtEnd", (0.1, 0.1), 0, tmp_path), env=ENV)
+    assert _file(lab, job, tmp_path / "step-0-0") is not None
+    lab.controller.run("scancel", job)
+    assert lab.wait(job, 60) == "CANCELLED"
+    time.sleep(8)  # longer than a requeued one would wait
+    assert lab.state(job) == "CANCELLED"
+    assert [path.name for path in tmp_path.glob("hpc_ckpt_*")] == ["hpc_ckpt_1.ckpt"]
