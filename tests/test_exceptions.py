@@ -169,7 +169,7 @@ def fail(where, who):
     [
         ("an average", f"Rank 0 on host {HOST}, which averages its model, cannot go on"),
         ("loader", f"Rank 0 on host {HOST}, which ends a round at its step 4, cannot go on"),
-        ("setup", "onnection (closed|reset)"),  # so far it is torch that waits
+        ("setup", f"Rank 0 on host {HOST}, which starts, cannot go on"),
     ],
 )
 def test_others_hear_of_it_when_the_process_ends(where, says):
@@ -256,7 +256,8 @@ def fail_in_a_long_round(folder, validate):
 def test_in_mid_round_a_signal_tells_that_another_worker_has_left(validate, tmp_path):
     ends = run_workers(fail_in_a_long_round, 2, str(tmp_path), validate, timeout=60)
     (name, message, batches_after), other = ends
-    assert (name, batches_after) == ("RuntimeError", 0)
+    assert name == "RuntimeError"
+    assert batches_after < 300  # of 10 ms: the board is read once a second
     assert re.fullmatch(
         rf"Rank 0 on host {HOST}, at its step \d+, cannot go on, because another worker has left; see .*", message
     )

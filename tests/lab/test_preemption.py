@@ -15,12 +15,11 @@ def test_ten_runs_interrupted_at_random_moments(lab):
 
 def test_a_job_that_a_more_urgent_one_displaces_goes_on(lab, tmp_path):
     given = words("AtEnd", (0.1, 0.1), 0, tmp_path)
-    # On its 6 cores a node has place for one of the two.
-    options = [f"--output={tmp_path}/job.out", "--time=10", "--cpus-per-task=5"]
+    options = [f"--output={tmp_path}/job.out", "--time=10"]
     job = lab.submit(*options, SCRIPT, *given, env=ENV)
     assert _file(lab, job, tmp_path / "step-0-0") is not None
     (tmp_path / "urgent").write_text("#!/bin/bash\nsleep 1\n")
-    urgent = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=5", "--output=/dev/null"]
+    urgent = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null"]
     at = time.time()
     lab.submit(*urgent, tmp_path / "urgent")
     assert _file(lab, job, tmp_path / "pid-1-0") is not None, (tmp_path / "job.out").read_text()
