@@ -1,11 +1,11 @@
 """WHO IS THERE: the start, when the ranks look for each other and nothing of ours is there yet."""
 
-import os
 import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from os import _exit as end_process  # with whatever its threads wait for
 from socket import gethostname
 from typing import Any
 
@@ -48,4 +48,4 @@ def joining(strategy: Any, timeout: timedelta | None) -> Generator[None, None, N
 
 def _end(why: str) -> None:
     print(f"RuntimeError: {why}", file=sys.stderr, flush=True)  # noqa: T201 - there is nobody to raise it
-    os._exit(1)
+    end_process(1)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -209,7 +210,7 @@ def ended(lab, tmp_path_factory):
             lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end.seconds:.1f} | {end.codes} | {end.said} |")
         else:
             lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end} |")
-    Path("/tmp/lsgd-faults.md").write_text("\n".join(lines) + "\n")
+    Path(tempfile.gettempdir(), "lsgd-faults.md").write_text("\n".join(lines) + "\n")
     return found, folder
 
 
