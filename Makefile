@@ -8,7 +8,7 @@ CASES ?= 200
 install := $(python) -m pip install --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak matrix lint types docs wheel clean
+.PHONY: help demo test lab soak matrix lint types docs wheel clean
 
 help: ## say what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -18,6 +18,10 @@ demo: $(VENV)/.examples ## train the digits example with two workers and print i
 
 test: $(VENV)/.dev ## run the whole fast suite
 	$(python) -m pytest
+
+lab: $(VENV)/.dev ## as root on Debian: run what needs several hosts and a SLURM, which it sets up on this machine
+	sh tests/lab/packages.sh
+	$(python) -m pytest --lab --numprocesses 0 --durations 10 tests/lab
 
 soak: $(VENV)/.dev ## run what takes long: new random cases in each drawn test (CASES=200), kills at random moments
 	$(python) -m pytest --soak $(CASES) -m "soak or drawn"

@@ -49,6 +49,19 @@ class Hosts:
             for place in (f"-n {name} qdisc replace dev eth0", f"qdisc replace dev {name}"):
                 _run(f"tc {place} root tbf rate {round(1000 * mbit)}kbit burst 256kb latency 200ms")
 
+    def cut(self, rank: int) -> None:
+        """Cut the host of ``rank`` off from the others, as a pulled plug does."""
+        _run(f"ip link set {self.names[rank]} down")
+
+    def mend(self, rank: int) -> None:
+        """Plug it in again."""
+        _run(f"ip link set {self.names[rank]} up")
+
+    def stall(self, rank: int) -> None:
+        """Let the link of ``rank`` pass next to nothing, until it is shaped anew."""
+        for place in (f"-n {self.names[rank]} qdisc replace dev eth0", f"qdisc replace dev {self.names[rank]}"):
+            _run(f"tc {place} root tbf rate 8bit burst 1600 latency 1000s")
+
     def enter(self, rank: int) -> None:
         """Move this process to the host of ``rank``, for good."""
         same_host(rank)

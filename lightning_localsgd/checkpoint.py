@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
@@ -264,7 +265,7 @@ class Keeper:
         try:
             act()
         except Exception as this:
-            error = this
+            error = failed(f"Rank {self._header.rank}", "saves or removes a checkpoint", this)
         self._header.agree(error)
 
     def _write_part(self, parts: Parts) -> None:
@@ -290,6 +291,17 @@ class Keeper:
         self._written.pop(order.path, None)
         if order.stale is not None:
             order.stale.remove()
+
+
+def failed(rank: str, doing: str, error: Exception) -> Exception:
+    """Return an error that says who failed, where and in what; of one of the system its own words, not torch's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    why = cause or error
+    told = RuntimeError(f"{rank} on host {gethostname()}, which {doing}, cannot: {type(why).__name__}: {why}")
+    told.__cause__ = error
+    return told
 
 
 def _load(files: Any, name: str, weights_only: bool = True) -> dict[str, Any]:

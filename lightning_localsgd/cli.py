@@ -23,7 +23,11 @@ def main() -> None:
         return
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m lightning_localsgd` does
+    # A turn of a requeued job finds the configuration that the turn before has saved: the same one. (What torchrun
+    # counts differs between nodes, and who does not overwrite waits for the others.)
+    again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
     LightningCLI(
+        save_config_kwargs={"overwrite": again},
         trainer_defaults={"strategy": {"class_path": "lightning_localsgd.LocalSGDStrategy"}},
         parser_kwargs={
             "prog": "lightning-localsgd",  # also for `python -m`, where it would be `__main__.py`

@@ -9,21 +9,24 @@ serves the want of at least one rank, or all ranks raise the same error.
 import operator
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from datetime import timedelta
 from enum import IntEnum
 from functools import reduce
+from socket import gethostname
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_localsgd.progress import Report
+from lightning_localsgd.signals import Board, Signals
 
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
+
+INSISTS, AT_ONCE = 1, 2  # of who wants the end of a round: it cannot be held; the average has no delay
 
 T = TypeVar("T")
 
@@ -51,6 +54,9 @@ class Want(IntEnum):
     EPOCH = 15  # start of an epoch
     OVER = 16  # this rank's fit is over; waits for the others
     LEAVE = 17  # last word of the fit, after all `on_train_end` hooks
+    # Never wanted, but decided where some ranks have read of a signal that the others have not read of yet.
+    GO_ON = 18  # for those who want to act on it: the others can wait only for all, so go on until you are there too
+    HOLD = 19  # for those at the end of their round: leave it open, end the batch and act on the signal first
 
     @property
     def waits(self) -> bool:
@@ -121,7 +127,8 @@ class Decision:
         want: what is served.
         askers: the ranks whose want this is.
         size: the number of ranks.
-        detail: the askers' detail; for ``LEAVE``, whose detail is a digest of the replica, how many digests there are.
+        detail: the askers' detail; for ``ROUND`` of all together; for ``LEAVE``, where it is a digest of the replica,
+            how many digests there are.
         weights: for each rank whether its replica counts in a mean; all 0 if all replicas are equal.
         step: the largest step of all ranks.
         steps: the step of each rank.
@@ -179,16 +186,18 @@ def decide(messages: Sequence[Message]) -> Decision:
         served = Want.OVER  # one rank has left the fit, so the others leave it too
     else:
         served = want
-        if want is not Want.LEAVE:
+        if want not in (Want.LEAVE, Want.ROUND):
             asked = [rank for rank in asked if messages[rank].detail == messages[asked[0]].detail]
 
     others = {message.want for message in messages} - {want}
-    if want in (Want.ALL_GATHER, Want.STEP) and len(asked) < len(messages):
+    if want in (Want.ALL_GATHER, Want.STEP) and len(asked) < len(messages) and others != {Want.SIGNAL}:
         raise RuntimeError(_why_not(messages, want))
     if want is Want.ROUND and not all(other.waits or other is Want.SIGNAL for other in others):
         raise RuntimeError(_why_not(messages, want))
     if want is Want.ENDED and others:
         raise RuntimeError(_why_not(messages, want))
+    if Want.SIGNAL in {want, *others} and others:
+        served, asked = _beside_a_signal(messages, want, asked)
 
     offers = {rank: (message.layout, message.frozen) for rank, message in enumerate(messages) if message.layout}
     if len(set(offers.values())) > 1:
@@ -201,6 +210,8 @@ def decide(messages: Sequence[Message]) -> Decision:
     if not any(weights):
         weights = tuple(message.touched for message in messages)
     detail = messages[asked[0]].detail
+    if want is Want.ROUND:
+        detail = reduce(operator.or_, (messages[rank].detail for rank in asked))
     if want is Want.LEAVE:
         detail = len({message.detail for message in messages})
         weights = (int(detail > 1),) * len(messages)
@@ -219,6 +230,21 @@ def decide(messages: Sequence[Message]) -> Decision:
     )
 
 
+def _beside_a_signal(messages: Sequence[Message], want: Want, asked: list[int]) -> tuple[Want, list[int]]:
+    """Return what is served, and to whom, where some want to act on a signal and others want something before."""
+    signalled = [rank for rank, message in enumerate(messages) if message.want is Want.SIGNAL]
+    if want is Want.VALIDATE:  # which is due between batches: all can act
+        return Want.SIGNAL, signalled
+    in_step = want is Want.SIGNAL and any(message.want is Want.STEP for message in messages)
+    if want in (Want.ALL_GATHER, Want.CHECK) or in_step:
+        return Want.GO_ON, signalled
+    if want is Want.ROUND:
+        # In mid-step there is nothing to go on from exactly, unless the caller cannot leave it open.
+        insists = any(message.detail & INSISTS for message in messages if message.want is Want.ROUND)
+        return (Want.GO_ON, signalled) if insists else (Want.HOLD, asked)
+    return want, asked
+
+
 class Header:
     """The process group on which headers travel: Gloo, on the CPU, beside whatever the training uses.
 
@@ -232,8 +258,31 @@ class Header:
         self.rank = rank
         self.size = size
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-        self._note = f"lightning_localsgd/left/{self._group.group_name}" if self._group is not None else ""
+        self._board: Board | None = None
         self._work: dist.Work | None = None  # the last header
+        self._who = f"Rank {rank}, which starts,"  # and what it was doing then
+
+    def open_board(self, signals: Signals) -> None:
+        """From now on leave word for the others between headers, and read what they leave; all ranks at once."""
+        self.close_board()
+        if self._group is not None:
+            name = f"lightning_localsgd/{self._group.group_name}"
+            self._board = Board(name, self.rank, signals)
+
+    def close_board(self) -> None:
+        """Read no more."""
+        if self._board is not None:
+            self._board.close()
+
+    @property
+    def tells_of_signals(self) -> bool:
+        """Whether some rank has left word of a signal that is still to be acted on."""
+        return self._board is not None and self._board.tells_of_signals
+
+    def turn_over(self) -> None:
+        """All ranks act on what they have left word of, at the same header."""
+        if self._board is not None:
+            self._board.turn_over()
 
     def exchange(self, message: Message) -> Decision:
         """Send ``message``, receive those of all ranks, and return what follows from them."""
@@ -241,7 +290,7 @@ class Header:
             return decide([message])
         mine = message.row()
         rows = torch.empty(self.size, len(mine), dtype=torch.int64)
-        who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
+        who = self._who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
         with torch.profiler.record_function("localsgd::header"), explained(who):
             self._work = dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True)
             while not self._work.is_completed():
@@ -252,13 +301,18 @@ class Header:
             self._work.wait()  # raises if it has failed
         return decide([Message.of(row) for row in rows])
 
+    def telling(self) -> AbstractContextManager[None]:
+        """Within it a collective that fails tells what the last header was about."""
+        return explained(self._who)
+
     # After a header, what is said in so many words, by all ranks at once.
 
     def broadcast(self, value: Any, source: int) -> Any:
         """Return the value of rank ``source``."""
         box = [value]
         if self._group is not None:
-            dist.broadcast_object_list(box, source, group=self._group)
+            with self.telling():
+                dist.broadcast_object_list(box, source, group=self._group)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
@@ -266,7 +320,8 @@ class Header:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        with self.telling():
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def agree(self, error: Exception | None) -> None:
@@ -275,12 +330,13 @@ class Header:
         Raises:
             Exception: this rank's own; a ``RuntimeError`` with that of the first rank that had one, elsewhere.
         """
-        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        said = self.gather(None if error is None else (gethostname(), f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
         for rank, words in enumerate(said):
             if words is not None:
-                raise RuntimeError(f"Rank {rank} failed where all ranks must succeed: {words}")
+                host, what = words
+                raise RuntimeError(f"Rank {rank} on host {host} failed where all ranks must succeed: {what}")
 
     def leave(self) -> None:
         """Let the others know that this rank has left with an exception, without waiting for any of them.
@@ -290,8 +346,8 @@ class Header:
         """
         if self._group is None:
             return
-        with suppress(RuntimeError):  # the store is rank 0's, which may have left before
-            _get_default_store().set(self._note, "")
+        if self._board is not None:
+            self._board.leave()
         if (
             self._work is None or self._work.is_completed()
         ):  # else it was Ctrl-C in a header, and this would wait for it
@@ -303,7 +359,7 @@ class Header:
         self._group = None
 
     def look(self, who: str) -> None:
-        """Look for that note, which takes a moment but waits for nobody.
+        """Look for that note, as the board has read it.
 
         Args:
             who: begins the error: which rank this is, and where in the training.
@@ -311,12 +367,8 @@ class Header:
         Raises:
             RuntimeError: if another rank has left with an exception.
         """
-        try:
-            left = self._group is not None and _get_default_store().check([self._note])
-        except RuntimeError:  # the store has left with rank 0
-            left = True
-        if left:
-            raise RuntimeError(f"{who} cannot go on, because {_LEFT}.")
+        if self._board is not None and self._board.left:
+            raise _stopped(who, _LEFT)
 
 
 @contextmanager
@@ -325,13 +377,18 @@ def explained(who: str) -> Generator[None, None, None]:
     try:
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error):  # something else: Gloo's errors name its files
+        if "gloo" not in str(error) or _STOPPED in str(error):  # something else, or told: Gloo's errors name its files
             raise
         if "imed out" in str(error):
             why = f"the others have not come there within the `timeout` of the strategy ({error})"
         else:
             why = _LEFT
-        raise RuntimeError(f"{who} cannot go on, because {why}.") from error
+        raise _stopped(who, why) from error
+
+
+def _stopped(who: str, why: str) -> RuntimeError:
+    rank, where = who.split(",", 1)
+    return RuntimeError(f"{rank} on host {gethostname()},{where} {_STOPPED} {why}.")
 
 
 def _why_not(messages: Sequence[Message], want: Want) -> str:
@@ -354,6 +411,7 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
     return f"The ranks have come apart: {where[first]} while {where[other]}."
 
 
+_STOPPED = "cannot go on, because"
 _LEFT = "another worker has left; see the first error above"
 
 _DOING = {

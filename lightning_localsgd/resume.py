@@ -36,6 +36,7 @@ class Fit:
         self._watches = False
         self.waits = False  # its data in this epoch has ended
         self.validates = False  # validation has begun
+        self.ends_batch = False  # what follows a batch and its hooks is still to come
 
     @property
     def finds_its_place(self) -> bool:
@@ -64,6 +65,7 @@ class Fit:
         """Return where the fit is."""
         trainer = self._trainer
         stage = _lightning.stage(trainer, self.waits, self.validates)
+        stage = Stage.BATCH_END if stage is Stage.BETWEEN and self.ends_batch else stage
         why_not = [] if stage.why_not is None else [stage.why_not]
         if stage.in_epoch:
             why_not += [why for follower in self._followers if (why := follower.why_not)]

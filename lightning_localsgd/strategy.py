@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -29,7 +29,7 @@ from lightning_localsgd import _lightning
 from lightning_localsgd.checkpoint import Keeper
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import MetricSync, StepWarning
-from lightning_localsgd.header import Header, Want
+from lightning_localsgd.header import Header, Want, explained
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState
@@ -43,7 +43,9 @@ from lightning_localsgd.rounds import Listener, Round, Rounds
 from lightning_localsgd.saving import Keeps
 from lightning_localsgd.schedule import Every, Schedule, require_known_needs
 from lightning_localsgd.sequences import require_step_by_step
+from lightning_localsgd.signals import REQUEUE, Signals
 from lightning_localsgd.spread import Spread
+from lightning_localsgd.start import joining
 from lightning_localsgd.worker import Worker
 
 _T = TypeVar("_T")
@@ -185,6 +187,7 @@ class LocalSGD(Keeps):
         self._running = False  # between `on_train_start` and `on_train_end`, where every collective has a header
         self._resumed: dict[str, Any] = {}  # our entry in the checkpoint that a fit goes on from
         self._part: dict[str, Any] | None = None  # this worker's part of it, if it goes on exactly
+        self._signals = Signals()  # received from now on
         self._last: Worker | None = None  # of the last fit, for a checkpoint that is saved after it
         self._averages: list[_lightning.Average] = []  # of the callbacks of the fit in progress
         self._listeners: list[Listener] = []  # to the rounds of the fit in progress
@@ -209,7 +212,9 @@ class LocalSGD(Keeps):
     # ------------------------------------------------------------------------------------------------ set up, tear down
 
     def setup_environment(self) -> None:
-        super().setup_environment()
+        with joining(self, self._timeout):
+            super().setup_environment()
+        self._signals.listens = self._trainer.state.fn == TrainerFn.FITTING
         if self._trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             self._averages = _lightning.attach_callbacks(self._trainer, self._undo)
         if self._trainer.state.fn == TrainerFn.FITTING and self._pace_rule is not None:
@@ -284,6 +289,7 @@ class LocalSGD(Keeps):
         module = self.lightning_module
         assert module is not None
         header = self._talk()
+        header.open_board(self._signals)
         self._keeper = Keeper(header, self.local_rank == 0, self._own_part)
         optimizers = Optimizers(module, getattr(self.precision_plugin, "scaler", None))
         if self.outer is not None and self.outer.offload and self.root_device.type == "cpu":
@@ -325,6 +331,7 @@ class LocalSGD(Keeps):
             device=self.root_device,
             epoch=lambda: self._trainer.current_epoch,
             expected_steps=lambda: self._expected_steps,
+            signals=self._signals,
             act=self._act_on_signals,
             files=self._serve_files,
         )
@@ -345,6 +352,9 @@ class LocalSGD(Keeps):
 
     def teardown(self) -> None:
         self._undo.close()
+        self._signals.listens = False
+        if self._header is not None:
+            self._header.close_board()
         if self._worker is not None:
             self._worker.landing.rest()
             self._last = self._worker
@@ -524,15 +534,32 @@ class LocalSGD(Keeps):
             self._pacing.starts_batches()
 
     def before_batch(self) -> bool:
-        if self._fit is not None and not self._fit.before_batch():
-            return False
         worker = self.worker
+        if self._fit is not None and not self._fit.before_batch():
+            self._end_due_round()
+            return False
         worker.heed()
-        if worker.known_signals or (worker.signals and worker.alone):
+        if worker.hears_of_signals:
             worker.ask(Want.SIGNAL)
         if self._pacing is not None:
             self._pacing.before_batch()
         return True
+
+    def after_batch(self) -> None:
+        if not self.worker.round_is_due:
+            return
+        if self._fit is not None:
+            self._fit.ends_batch = True
+        self.worker.ask(Want.SIGNAL)
+        self._end_due_round()
+        if self._fit is not None:
+            self._fit.ends_batch = False
+
+    def _end_due_round(self) -> None:
+        if self.worker.round_is_due:
+            self.worker.end_round()
+            if self._pacing is not None:
+                self._pacing.follow()
 
     def ends_epoch(self) -> None:
         if self._fit is not None:
@@ -541,7 +568,6 @@ class LocalSGD(Keeps):
         if self._pacing is not None:
             self._pacing.ends_epoch(step)
         self._step_is_open = False
-        self.worker.act_on_signals()
         if self.worker.validation_is_due:
             self.worker.validation_is_due = False
             _lightning.validate_now(self._trainer)
@@ -588,11 +614,12 @@ class LocalSGD(Keeps):
         return self.reduce_boolean_decision(here, all=False)
 
     def receives(self, signals: int) -> None:
-        if self._worker is not None:
-            self._worker.signals |= signals
+        self._signals.receive(signals)
 
     def _act_on_signals(self, signals: int) -> None:
-        _lightning.act_on(self._trainer, signals)
+        is_saved = self._signals.has_acted_on(REQUEUE)
+        self._signals.acted_on(signals)
+        _lightning.act_on(self._trainer, signals, is_saved)
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -631,7 +658,7 @@ class LocalSGD(Keeps):
             return
         if self.worker.inside_consensus:
             raise RuntimeError("`synchronize` cannot be called inside `consensus()` or validation.")
-        self.worker.end_round(at_once=True)
+        self.worker.synchronize()
 
     def listen(
         self,
@@ -669,6 +696,11 @@ class LocalSGD(Keeps):
         """Whether there is nobody to talk to, or no talking on the way out with an exception."""
         return self.world_size == 1 or (self.lightning_module is not None and self._trainer.interrupted)
 
+    def _telling(self) -> AbstractContextManager[None]:
+        if self._header is None:
+            return explained(f"Rank {self.global_rank}, which starts,")
+        return self._header.telling()
+
     def _listen(self) -> None:
         if self._trainer.training and self.worker.clock.averages_models:
             self._warn_of_step()
@@ -680,16 +712,18 @@ class LocalSGD(Keeps):
             self._listen()
             self.worker.ask(Want.BARRIER)
         else:
-            super().barrier(*args, **kwargs)
+            with self._telling():
+                super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
         if self._is_silent:
             return obj
-        if not self._running:
-            return super().broadcast(obj, src)
-        self._listen()
-        value: _T = self.worker.collectives.broadcast(obj, src)
-        return value
+        with self._telling():
+            if not self._running:
+                return super().broadcast(obj, src)
+            self._listen()
+            value: _T = self.worker.collectives.broadcast(obj, src)
+            return value
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         if self._is_silent or not isinstance(tensor, Tensor):
@@ -698,18 +732,21 @@ class LocalSGD(Keeps):
         if not self._running or group not in (None, dist.group.WORLD):
             return everyone()
         self._listen()
-        value, _ = self.worker.collectives.reduce(tensor, reduce_op, everyone)
+        with self._telling():
+            value, _ = self.worker.collectives.reduce(tensor, reduce_op, everyone)
         return value
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
         if self._is_silent:
             return decision
         if not self._running:
-            return super().reduce_boolean_decision(decision, all)
+            with self._telling():
+                return super().reduce_boolean_decision(decision, all)
         self._listen()
         votes = torch.tensor(int(decision), device=self.root_device)
         everyone = partial(super().reduce, votes, reduce_op="sum")
-        total, voters = self.worker.collectives.reduce(votes, "sum", everyone)
+        with self._telling():
+            total, voters = self.worker.collectives.reduce(votes, "sum", everyone)
         return bool(total == voters) if all else bool(total)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -718,15 +755,17 @@ class LocalSGD(Keeps):
         if self._running and group in (None, dist.group.WORLD):
             self._listen()
             self.worker.ask(Want.ALL_GATHER)
-        return super().all_gather(tensor, group, sync_grads)
+        with self._telling():
+            return super().all_gather(tensor, group, sync_grads)
 
     def _gather_metric(self, tensor: Tensor) -> list[Tensor]:
         if self._is_silent:
             return [tensor]
-        if not self._running:
-            return list(gather_all_tensors(tensor))
-        self._listen()
-        return self.worker.collectives.gather(tensor)
+        with self._telling():
+            if not self._running:
+                return list(gather_all_tensors(tensor))
+            self._listen()
+            return self.worker.collectives.gather(tensor)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

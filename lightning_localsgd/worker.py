@@ -17,7 +17,7 @@ from lightning_localsgd.anchor import require_whole
 from lightning_localsgd.averages import Averages, Ending
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
-from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
+from lightning_localsgd.header import AT_ONCE, INSISTS, Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean, bytes_of_element
 from lightning_localsgd.moments import AverageState, average_states, averaged, mean_state
@@ -26,6 +26,7 @@ from lightning_localsgd.pace import Pace
 from lightning_localsgd.progress import Measured, Report
 from lightning_localsgd.replica import Replica, Snapshot, difference
 from lightning_localsgd.rounds import Rounds
+from lightning_localsgd.signals import Signals
 
 OptimizerState = Literal["keep", "reset"] | AverageState
 
@@ -49,6 +50,7 @@ class Worker:
         device: where tensors must be to travel.
         epoch: returns how many passes over the data are completed.
         expected_steps: returns how many steps this worker expects in the whole run, or NaN.
+        signals: what this process has received.
         act: does what signals ask for, on all ranks at once.
         files: does this worker's part in writing or removing a checkpoint that others asked for.
     """
@@ -71,6 +73,7 @@ class Worker:
         device: torch.device,
         epoch: Callable[[], int],
         expected_steps: Callable[[], float],
+        signals: Signals,
         act: Callable[[int], None],
         files: Callable[[int], None],
     ) -> None:
@@ -107,8 +110,9 @@ class Worker:
         self.validation_is_due = False  # put off to the end of the epoch
         self.inside_consensus = False
         self._own: Snapshot | None = None  # inside a consensus, unless it is because all replicas are equal
-        self.signals = 0  # received by this process
+        self._signals = signals
         self.known_signals = 0  # received by any, as all know
+        self.round_is_due = False  # it has ended, but signals are acted on first
         self._modest = False  # whether the replica has no large elements, as the last header's look has shown
         self._came: float | None = None  # when it came to the end of its round
         self._states_found: set[str] = set()  # of `optimizer_state`, as all know
@@ -138,7 +142,7 @@ class Worker:
         """
         self._exchange(self._message(Want.EPOCH))
         if state is not None:
-            self.stepped, self.touched, self.validation_is_due = map(bool, state["flags"])
+            self.stepped, self.touched, self.validation_is_due, self.round_is_due = map(bool, state["flags"])
             self.replica.load(state["replica"])
             self.measured.load_own_state(state["measured"])
             self.optimizers.load_noted_rates(state["rates"])
@@ -178,7 +182,7 @@ class Worker:
         with nullcontext() if self._own is None else self._own.back_for_a_while():
             yield {
                 "clock": self.clock.state_dict(),
-                "flags": [self.stepped, self.touched, self.validation_is_due],
+                "flags": [self.stepped, self.touched, self.validation_is_due, self.round_is_due],
                 "replica": self.replica.state(),
                 "measured": self.measured.own_state(),
                 "rates": self.optimizers.noted_rates(),
@@ -187,7 +191,7 @@ class Worker:
 
     def ask(self, want: Want, detail: int = 0) -> Decision:
         """Send headers, and take part in what the others want, until this worker's own want is served."""
-        with self.measured.pause():
+        with self.measured.pause(), self._header.telling():
             return self._ask(want, detail)
 
     def _ask(self, want: Want, detail: int) -> Decision:
@@ -205,7 +209,8 @@ class Worker:
             elif decision.want is Want.VALIDATE and not decision.unanimous:
                 self._put_off_validation(decision)
             elif decision.want is Want.SIGNAL:
-                self.act_on_signals()
+                self._header.turn_over()
+                self._act_on_known_signals()
                 message = self._message(want, detail)
             elif decision.want is Want.CONSENSUS and not asked:
                 self.average(decision.weights, write=False)
@@ -213,7 +218,7 @@ class Worker:
                 self._mean_state(self.optimizers.all()[decision.detail].state_dict(), decision)
             elif decision.want is Want.FILES and not asked:
                 self._files(decision.askers[0])
-            elif not asked:
+            elif not asked and decision.want not in (Want.GO_ON, Want.HOLD):
                 self.collectives.stand_in(decision)
             if asked:
                 return decision
@@ -250,7 +255,7 @@ class Worker:
 
     def _exchange(self, message: Message) -> Decision:
         try:
-            decision = self._header.exchange(replace(message, signals=self.signals))
+            decision = self._header.exchange(replace(message, signals=self._signals.pending))
         except ReplicasDiffer as found:  # by all ranks
             descriptions = self._header.gather(self.replica.describe())
             one, odd = descriptions[found.one], descriptions[found.odd]
@@ -281,19 +286,43 @@ class Worker:
         return replace(decision, weights=weights, left_out=tuple(bad))
 
     def act_on_signals(self) -> None:
-        """Do what the signals ask for that all ranks know of."""
-        signals, self.signals, self.known_signals = self.known_signals, 0, 0
+        """Do what the signals ask for that all ranks know of, where all are."""
+        if self.known_signals:
+            self._header.turn_over()
+            self._act_on_known_signals()
+
+    def _act_on_known_signals(self) -> None:
+        signals, self.known_signals = self.known_signals, 0
         if signals:
             self._act(signals)
 
     def heed(self) -> None:
-        """At each batch after a signal: launchers send SIGTERM also to those whom another worker has left.
+        """At each batch: look whether another worker has left, which the next header would tell much later.
 
         Raises:
-            RuntimeError: if another worker has left with an exception, which the next header would tell much later.
+            RuntimeError: if one has left with an exception.
         """
-        if self.signals:
-            self._header.look(f"Rank {self._header.rank}, at its step {self.clock.step},")
+        self._header.look(f"Rank {self._header.rank}, at its step {self.clock.step},")
+
+    @property
+    def hears_of_signals(self) -> bool:
+        """Whether a signal is to be acted on before the next batch."""
+        return bool(self.known_signals or self._header.tells_of_signals or (self.alone and self._signals.pending))
+
+    def end_round(self) -> Decision:
+        """Between batches: end a round, after acting on signals that others have read of."""
+        while (decision := self._ask_to_end_round()).want is Want.HOLD:
+            self.ask(Want.SIGNAL)
+        self.round_is_due = False
+        return decision
+
+    def _ask_to_end_round(self) -> Decision:
+        # If other parameters are trained from here on, the next round must start from the same values everywhere.
+        return self.ask(Want.ROUND, detail=AT_ONCE * (self.mean.delay > 0 and self.replica.changes))
+
+    def synchronize(self) -> None:
+        """End the round now, also where a signal is to be acted on, and average before going on."""
+        self.ask(Want.ROUND, detail=INSISTS | AT_ONCE)
 
     def _put_off_validation(self, decision: Decision) -> None:
         self.validation_is_due = True
@@ -318,20 +347,11 @@ class Worker:
             if over or (self.clock.is_at_check() and self._check()):
                 self._settle()
                 self._came = time.perf_counter()
-                self.end_round()
+                self.round_is_due = self._ask_to_end_round().want is Want.HOLD
         elif over:  # all replicas are equal: their gradients were averaged
             self._tell_of_gradients()
             self.clock.next_round(self.clock.step)
             self._plan_if_known()
-
-    def end_round(self, at_once: bool = False) -> None:
-        """Average, with the others, or begin to.
-
-        Args:
-            at_once: whether to average before going on although averages have a delay.
-        """
-        # If other parameters are trained from here on, the next round must start from the same values everywhere.
-        self.ask(Want.ROUND, detail=int(self.mean.delay > 0 and (at_once or self.replica.changes)))
 
     def is_idle(self) -> bool:
         """Before a batch: whether this worker has no step left in this round."""
@@ -345,12 +365,13 @@ class Worker:
 
     def end_last_step(self) -> None:
         """After this worker's last step of a pass over the data, before any validation."""
-        if self.clock.ends_with_pass():
-            self.end_round()
+        if self.clock.ends_with_pass() and not self.round_is_due:
+            self.round_is_due = self._ask_to_end_round().want is Want.HOLD
 
     def end_pass(self) -> int:
         """After the last step of a pass over the data; waits for the others, and returns the furthest one's step."""
         decision = self.ask(Want.ENDED)
+        self.act_on_signals()  # before anything is counted that would be counted again after a resume
         if any(decision.weights):  # else all rounds have ended with its last steps
             if self.clock.ends_with_pass():
                 self.end_round()
@@ -409,7 +430,7 @@ class Worker:
             return
         self._let_land()
         start = time.perf_counter()
-        later = self.mean.delay > 0 and decision.want is Want.ROUND and not decision.detail
+        later = self.mean.delay > 0 and decision.want is Want.ROUND and not decision.detail & AT_ONCE
         with torch.profiler.record_function("localsgd::round"):
             of = self._ending(decision, start)
             if later:

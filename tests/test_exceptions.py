@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
 
 import pytest
@@ -19,6 +20,8 @@ from lightning_localsgd import LocalSGDStrategy, Mean
 from tests.models import Regression, batch, rank, same, state_of, trainer
 from tests.shell import ROOT
 from tests.workers import run_workers
+
+HOST = gethostname()
 
 SOON = 25  # seconds, on a busy machine; torch's and torchrun's own SIGKILL come 30 s after the first error
 
@@ -151,7 +154,7 @@ def test_others_hear_of_it_at_once_even_if_the_process_lives_on(tmp_path):
             assert f"on purpose, in {where}" in message
             name, message = ranks[1 - who][where, who]
             assert name == "RuntimeError", where
-            assert message.startswith(f"Rank {1 - who}, which ")
+            assert message.startswith(f"Rank {1 - who} on host {HOST}, which ")
             assert message.endswith("cannot go on, because another worker has left; see the first error above.")
             assert "at its step " in message
     assert same([ends["again"] for ends in ranks])  # and both can fit again
@@ -164,9 +167,9 @@ def fail(where, who):
 @pytest.mark.parametrize(
     ("where", "says"),
     [
-        ("an average", "Rank 0, which averages its model, cannot go on"),
-        ("loader", "Rank 0, which ends a round at its step 4, cannot go on"),
-        ("setup", "onnection (closed|reset)"),  # so far it is torch that waits
+        ("an average", f"Rank 0 on host {HOST}, which averages its model, cannot go on"),
+        ("loader", f"Rank 0 on host {HOST}, which ends a round at its step 4, cannot go on"),
+        ("setup", f"Rank 0 on host {HOST}, which starts, cannot go on"),
     ],
 )
 def test_others_hear_of_it_when_the_process_ends(where, says):
@@ -198,8 +201,8 @@ def test_others_hear_of_it_even_if_a_loading_process_keeps_connections_open(tmp_
     message, others_heard = run_workers(fail_and_leave_a_process, 2, str(tmp_path), timeout=60)
     assert others_heard
     assert message == (
-        "Rank 0, which ends a round at its step 4, cannot go on, because another worker has left; see the first error "
-        "above."
+        f"Rank 0 on host {HOST}, which ends a round at its step 4, cannot go on, because another worker has left; see "
+        "the first error above."
     )
 
 
@@ -253,8 +256,11 @@ def fail_in_a_long_round(folder, validate):
 def test_in_mid_round_a_signal_tells_that_another_worker_has_left(validate, tmp_path):
     ends = run_workers(fail_in_a_long_round, 2, str(tmp_path), validate, timeout=60)
     (name, message, batches_after), other = ends
-    assert (name, batches_after) == ("RuntimeError", 0)
-    assert re.fullmatch(r"Rank 0, at its step \d+, cannot go on, because another worker has left; see .*", message)
+    assert name == "RuntimeError"
+    assert batches_after < 300  # of 10 ms: the board is read once a second
+    assert re.fullmatch(
+        rf"Rank 0 on host {HOST}, at its step \d+, cannot go on, because another worker has left; see .*", message
+    )
     assert other == ("ZeroDivisionError", "on purpose", 0)
 
 

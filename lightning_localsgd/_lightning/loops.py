@@ -1,6 +1,7 @@
 """The loops: methods of one trainer's are wrapped while it fits, for hooks that a strategy has not."""
 
 import atexit
+import os
 import signal
 import subprocess
 import time
@@ -15,7 +16,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-SIGTERM, REQUEUE = 1, 2  # bits of `Message.signals`
+from lightning_localsgd.signals import REQUEUE, SIGTERM
+
 _GRACE = 5.0  # seconds for the processes of a launcher to say why they end; as long as Lightning gives them
 
 
@@ -36,6 +38,9 @@ class Hooks(Protocol):
 
     def before_batch(self) -> bool:
         """Before a batch is fetched; return whether one is to be run."""
+
+    def after_batch(self) -> None:
+        """After a batch and its hooks, before any validation."""
 
     def ends_untrained(self) -> None:
         """Where there is nothing to train: neither epochs nor hooks will follow."""
@@ -111,6 +116,7 @@ def attach(trainer: Trainer, hooks: Hooks) -> ExitStack:
     def run_batch(data_fetcher: Any) -> None:
         if hooks.before_batch():
             batch(data_fetcher)
+            hooks.after_batch()
 
     def load_loaders() -> None:
         hooks.has_loaders()
@@ -187,14 +193,43 @@ def validate_now(trainer: Trainer) -> None:
     trainer._logger_connector._first_loop_iter = first  # else the metrics of this epoch would begin anew
 
 
-def act_on(trainer: Trainer, signals: int) -> None:
-    """Do what Lightning's signal handlers do, outside of a handler and on all ranks at once."""
-    connector = trainer._signal_connector
-    if signals & REQUEUE:
-        type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)  # type: ignore[arg-type]
+def act_on(trainer: Trainer, signals: int, is_saved: bool) -> None:
+    """Do what Lightning's signal handlers do, outside of a handler and on all ranks at once.
+
+    On SLURM SIGTERM does the same as SIGUSR1, unless the scheduler has ended the job: cancelled, or requeued by it. One
+    that is to make place for another one is not, and would be over if it ended without being requeued.
+
+    Args:
+        trainer: whose fit it is.
+        signals: the bits of those that have come.
+        is_saved: whether there is a checkpoint to go on from, because of an earlier one.
+    """
+    connector: Any = trainer._signal_connector
+    if signals & REQUEUE or (signals & SIGTERM and not is_saved and _requeues(trainer)):
+        if signals & REQUEUE or (trainer.is_global_zero and _job_runs()):
+            type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)
+        else:  # it saves in the same way, and rank 0 alone requeues
+            trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
     if signals & SIGTERM:
         connector.received_sigterm = True
-        raise of(trainer, "utilities.exceptions").SIGTERMException
+        # Not 0, which would say that the training is done: what a shell says of a process that SIGTERM has ended.
+        raise of(trainer, "utilities.exceptions").SIGTERMException(128 + signal.SIGTERM)
+
+
+def _job_runs() -> bool:
+    """Whether SLURM says that this job runs, neither cancelled nor ended nor requeued."""
+    command = ["scontrol", "--oneliner", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return "JobState=RUNNING" in told
+
+
+def _requeues(trainer: Trainer) -> bool:
+    """Whether this is a job of SLURM that goes on from the checkpoint of a signal by itself."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return bool(getattr(environment, "auto_requeue", False))
 
 
 def of(trainer: Trainer, module: str) -> Any:

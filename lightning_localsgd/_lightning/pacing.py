@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from lightning_localsgd._lightning.callbacks import _wrap, is_a
 from lightning_localsgd._lightning.loops import of, validate_now
 from lightning_localsgd._lightning.stages import loaders
-from lightning_localsgd.header import Want
 from lightning_localsgd.pace import Dealt, Pace
 from lightning_localsgd.worker import Worker
 
@@ -150,7 +149,7 @@ class Pacing:
         if worker.clock.averages_models and self.checks_validation():  # it was, when a checkpoint was saved
             validate_now(self._trainer)
         while worker.clock.averages_models and worker.is_idle():
-            decision = worker.ask(Want.ROUND)
+            decision = worker.end_round()
             self.follow()
             for saver in self._savers:  # as the others do at the end of their batch
                 saver(self._trainer, self._trainer.lightning_module, None, None, self._loop.epoch_loop.batch_idx)

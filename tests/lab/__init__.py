@@ -1,0 +1,1 @@
+"""The lab: several hosts on this machine, a real SLURM on them, and what is tested there; `make lab`."""

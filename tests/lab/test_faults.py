@@ -1,0 +1,266 @@
+"""What fails, and in which phase: all workers end soon, each with a sentence that says who, where and in what."""
+
+import ctypes
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.lab.cluster import address
+from tests.lab.faulty import PHASES, process
+
+TIMEOUT = 6.0  # the strategy's, here
+GRACE = 8.0  # seconds for a process to end once it has given up; the machine is busy with the other cells
+BEFORE = ("full disk", "read-only", "port in use", "no such name", "one is missing")  # so before anything has begun
+LISTENS = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_localsgd", "tests.lab.faulty"])
+_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to which rank, and where."""
+
+    what: str
+    phase: str
+    rank: int = 1
+
+
+@dataclass
+class Ended:
+    """How each rank has ended, None being one that was killed, and after how many seconds all had."""
+
+    codes: list[int]
+    said: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two hosts of the lab that others leave alone."""
+
+    lab: object
+    first: int
+
+    def start(self, rank, log, port=29500, to=None, **options):
+        """Start a rank of a training on its host."""
+        host = self.lab.hosts[self.first + rank]
+        env = {
+            "MASTER_ADDR": to or address(self.first), "MASTER_PORT": str(port), "NODE_RANK": str(rank),
+            "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0",
+        }  # fmt: skip
+        given = {"phase": "", "timeout": TIMEOUT, "workers": 2, "resume": None} | options
+        one = _CONTEXT.Process(
+            target=process, args=(enter, f"/proc/{host.holder.pid}/ns", str(log), env, given | {"rank": rank})
+        )
+        one.start()
+        return one
+
+
+def enter(namespaces):
+    """Move this process to a host, name and network."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "uts"):
+        with open(f"{namespaces}/{kind}") as namespace:
+            if libc.setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), kind)
+
+
+def wait_for(path, processes, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} is not there"
+        assert any(one.is_alive() for one in processes), f"all have ended before {path}"
+        time.sleep(0.01)
+
+
+def inflict(pair, fault, processes, saves):
+    """Do it."""
+    if fault.what == "killed":
+        os.kill(processes[fault.rank].pid, signal.SIGKILL)
+    elif fault.what == "cut off":
+        pair.lab.network.cut(pair.first + fault.rank)
+    elif fault.what == "cut off for 2 s":
+        pair.lab.network.cut(pair.first + fault.rank)
+        time.sleep(2)
+        pair.lab.network.mend(pair.first + fault.rank)
+    elif fault.what == "stalled":
+        pair.lab.network.stall(pair.first + fault.rank)
+    elif fault.what == "full disk":
+        mount(saves, "size=300k")
+    elif fault.what == "read-only":
+        mount(saves, "ro")
+    elif fault.what == "port in use":
+        pair.lab.hosts[pair.first].start(sys.executable, "-c", LISTENS)
+        time.sleep(2)
+
+
+def mount(saves, options):
+    saves.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", saves], check=True)
+
+
+@contextmanager
+def nothing_left(pair, saves):
+    try:
+        yield
+    finally:
+        for rank in range(2):
+            for started in pair.lab.hosts[pair.first + rank].started:
+                started.kill()
+            pair.lab.network.mend(pair.first + rank)
+            pair.lab.network.shape(1000, pair.first + rank)
+        if saves.is_mount():
+            subprocess.run(["umount", "-l", saves], check=True)
+
+
+def run(pair, fault, folder):
+    """Train on the pair, let the fault happen, and return how it ended."""
+    folder.mkdir()
+    saves, logs = folder / "saves", [folder / f"log-{rank}" for rank in range(2)]
+    with nothing_left(pair, saves):
+        for rank in range(2):
+            pair.lab.network.shape(10, pair.first + rank)
+        if fault.what in BEFORE:
+            inflict(pair, fault, [], saves)
+        who, to = [0] if fault.what == "one is missing" else [0, 1], "nowhere" if fault.what == "no such name" else None
+        given = {"folder": folder, "phase": fault.phase, "saves": saves, "to": to}
+        begun = time.time()
+        processes = [pair.start(rank, logs[rank], **given) for rank in who]
+        try:
+            if fault.what not in BEFORE:
+                wait_for(folder / f"there-{fault.rank}", processes)
+                time.sleep(0.3 if fault.phase == "average" else 0.1)
+            start = time.monotonic()
+            if fault.what not in BEFORE:
+                inflict(pair, fault, processes, saves)
+            limit = 60 if fault.what in (*BEFORE, "cut off for 2 s") else 2 * TIMEOUT + GRACE
+            for one in processes:
+                one.join(max(0, start + limit - time.monotonic()))
+            seconds = time.monotonic() - start
+            if fault.what in BEFORE:
+                seen = [path.stat().st_mtime for path in [folder / "there-0"] if path.exists()]
+                seconds = max(log.stat().st_mtime for log in logs if log.exists()) - (seen or [begun])[0]
+            alive = [rank for rank, one in enumerate(processes) if one.is_alive()]
+            said = [said_by(logs[rank]) for rank in who]
+            assert not alive, f"{fault}: ranks {alive} have not ended after {seconds:.0f} s: {said}"
+            return Ended([one.exitcode for one in processes], said, seconds)
+        finally:
+            for one in processes:
+                one.kill()
+                one.join()
+
+
+def said_by(log):
+    """Return the last error that a rank has shown."""
+    printed = log.read_text() if log.exists() else ""
+    errors = _ERROR.findall(printed)
+    return errors[-1] if errors else printed[-2000:]
+
+
+def name_of(cell):
+    return f"{cell.what}-{cell.phase}-{cell.rank}".replace(" ", "-")
+
+
+CELLS = [
+    *(Fault(what, phase, rank) for what, rank in (("killed", 1), ("killed", 0)) for phase in PHASES),
+    *(Fault(what, phase) for what in ("cut off", "stalled") for phase in PHASES),
+    Fault("full disk", "save"),
+    Fault("read-only", "save"),
+    *(Fault(what, "start") for what in ("port in use", "no such name", "one is missing")),
+]
+NO_FAULTS = [Fault("none", "local step"), Fault("cut off for 2 s", "average")]
+
+
+@pytest.fixture(scope="module")
+def ended(lab, tmp_path_factory):
+    """Return how each cell ended; five at a time, each on two hosts of its own."""
+    folder = tmp_path_factory.mktemp("faults")
+    pairs, cells = [Pair(lab, first) for first in range(2, 12, 2)], [*CELLS, *NO_FAULTS]
+    lock = threading.Lock()
+
+    def one(cell):
+        with lock:
+            pair = pairs.pop()
+        try:
+            return run(pair, cell, folder / name_of(cell))
+        except (AssertionError, subprocess.CalledProcessError) as error:
+            return error
+        finally:
+            with lock:
+                pairs.append(pair)
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        found = dict(zip(cells, pool.map(one, cells), strict=True))
+    lines = ["| fault | rank | phase | seconds | exit codes | said |", "|---|---|---|---|---|---|"]
+    for cell, end in found.items():
+        if isinstance(end, Ended):
+            lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end.seconds:.1f} | {end.codes} | {end.said} |")
+        else:
+            lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end} |")
+    Path(tempfile.gettempdir(), "lsgd-faults.md").write_text("\n".join(lines) + "\n")
+    return found, folder
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+def test_all_end_soon_and_say_who_where_and_in_what(ended, lab, cell):
+    end = ended[0][cell]
+    if isinstance(end, Exception):
+        raise end
+    for rank, (code, said) in enumerate(zip(end.codes, end.said, strict=True)):
+        if cell.what == "killed" and rank == cell.rank:
+            assert code == -signal.SIGKILL
+            continue
+        assert code not in (0, -signal.SIGKILL), said
+        assert re.search(r"Rank [01] on host n\d+\b", said), said
+        assert any(word in said for word in WORDS[cell.phase]), said
+    assert end.seconds < TIMEOUT * (2 if cell.phase == "start" else 1) + GRACE
+
+
+def test_a_link_that_comes_back_within_the_timeout_changes_nothing(ended):
+    found, folder = ended
+    for cell in NO_FAULTS:
+        if isinstance(found[cell], Exception):
+            raise found[cell]
+        assert found[cell].codes == [0, 0]
+    assert digests(folder / name_of(NO_FAULTS[0])) == digests(folder / name_of(NO_FAULTS[1]))
+
+
+@pytest.mark.parametrize(
+    "cell", [Fault("killed", "average"), Fault("killed", "save", 0), Fault("stalled", "validation")]
+)
+def test_a_restart_goes_on_exactly_from_the_newest_checkpoint(ended, lab, tmp_path, cell):
+    _, folder = ended
+    saves = folder / name_of(cell) / "saves"
+    newest = max(saves.glob("*.ckpt"), key=os.path.getmtime, default=None)
+    given = {"folder": tmp_path, "saves": tmp_path / "saves", "resume": newest and str(newest)}
+    processes = [Pair(lab, 2).start(rank, tmp_path / f"log-{rank}", **given) for rank in range(2)]
+    for one in processes:
+        one.join(60)
+    assert [one.exitcode for one in processes] == [0, 0], (tmp_path / "log-0").read_text()
+    assert digests(tmp_path) == digests(folder / name_of(NO_FAULTS[0]))
+
+
+def digests(folder):
+    return [(folder / f"digest-{rank}").read_text() for rank in range(2)]
+
+
+WORDS = {
+    "start": ["starts"],
+    "local step": ["ends a round at its step", "at its step", "averages its model"],
+    "average": ["averages its model", "ends a round at its step"],
+    "save": ["saves or removes a checkpoint", "must succeed", "looks at"],
+    "validation": ["validat", "reduces a value"],
+}

@@ -1,0 +1,103 @@
+"""The scripts in examples/slurm, submitted as they are."""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.digits import Digits, DigitsData
+from tests.shell import COMMAND, ROOT, ok
+
+SCRIPTS = ROOT / "examples" / "slurm"
+EPOCHS = 8  # of 19 steps
+ENV = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def submit(lab, name, folder, *words, options=(), env=None, timeout=200):
+    """Run a script of the examples to its end, and return what it printed."""
+    out = folder / "job.out"
+    words = [*words, f"--trainer.default_root_dir={folder}"]
+    job = lab.submit(f"--output={out}", *options, SCRIPTS / f"{name}.sbatch", *words, env=ENV | (env or {}))
+    state = lab.wait(job, timeout)
+    printed = out.read_text() if out.exists() else ""
+    assert state == "COMPLETED", f"{state}: {printed}"
+    return printed
+
+
+def checkpoint_of(folder):
+    (found,) = folder.glob("lightning_logs/*/checkpoints/last.ckpt")
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_one_machine(tmp_path_factory):
+    """Return the checkpoint of the same training by two processes on one machine."""
+    folder = tmp_path_factory.mktemp("one")
+    words = ["--config", ROOT / "configs" / "slurm.yaml", f"--trainer.default_root_dir={folder}"]
+    ok("env", "OMP_NUM_THREADS=1", f"PYTHONPATH={ROOT}", COMMAND, "fit", *words, f"--trainer.max_epochs={EPOCHS}")
+    return torch.load(checkpoint_of(folder), weights_only=True)
+
+
+def test_two_hosts_train_as_one_machine_does_and_are_silent_between_averages(lab, tmp_path, on_one_machine):
+    counted = ["--trainer.callbacks+=tests.lab.counted.Counted", f"--trainer.callbacks.folder={tmp_path}"]
+    lab.network.shape(100)
+    try:
+        printed = submit(lab, "cpu", tmp_path, *counted, f"--trainer.max_epochs={EPOCHS}")
+    finally:
+        lab.network.shape(10_000)
+    assert "Starting with 2 processes" in printed
+    trained = torch.load(checkpoint_of(tmp_path), weights_only=True)
+    for name, value in on_one_machine["state_dict"].items():
+        assert torch.equal(trained["state_dict"][name], value), name
+
+    model, data = Digits(), DigitsData()
+    model.load_state_dict(trained["state_dict"])
+    data.setup("test")
+    images, digits = data.test.tensors
+    with torch.no_grad():
+        assert (model.eval()(images).argmax(1) == digits).float().mean() > 0.96
+
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for rank in range(2):
+        counts = json.loads((tmp_path / f"{rank}-n{rank}.json").read_text())
+        sent = [after - before for before, after in itertools.pairwise(counts)]  # in steps 2, 3, ...
+        rounds = [sent[i] for i in range(len(sent)) if (i + 2) % 8 == 0]
+        within = [sent[i] for i in range(len(sent)) if (i + 2) % 8 != 0 and (i + 2) % 19 > 1]  # nor next to validation
+        assert len(counts) == 19 * EPOCHS
+        assert min(rounds) > 0.98 * size
+        assert statistics.median(within) == 0
+        assert max(within) < 0.05 * size  # SLURM's own word now and then
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "env", "workers"),
+    [
+        ("gpu", ["--nodes=1"], {"ACCELERATOR": "cpu"}, 2),
+        ("tasks", [], {}, 4),
+        ("container", [], {"CONTAINER": "unshare --ipc"}, 2),
+        ("preemptible", [], {}, 2),
+    ],
+)
+def test_a_script_runs(lab, tmp_path, name, options, env, workers):
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=9"]
+    printed = submit(lab, name, tmp_path, *short, options=options, env=env)
+    assert f"Starting with {workers} processes" in printed
+    checkpoint = torch.load(checkpoint_of(tmp_path), weights_only=True)
+    assert checkpoint["lightning_localsgd"]["workers"] == workers
+
+
+def test_an_array_trains_each_seed(lab, tmp_path):
+    words = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=9"]
+    where = [f"--chdir={tmp_path}", f"--output={tmp_path}/%a.out", "--array=0-1%2"]
+    for name in ("configs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    job = lab.submit(*where, SCRIPTS / "seeds.sbatch", *words, env=ENV)
+    for seed in range(2):
+        assert lab.wait(f"{job}_{seed}", 200) == "COMPLETED", (tmp_path / f"{seed}.out").read_text()
+        (saved,) = (tmp_path / "runs").glob(f"{job}-{seed}/lightning_logs/*/config.yaml")
+        assert f"seed_everything: {seed}\n" in saved.read_text()
