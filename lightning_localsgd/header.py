@@ -23,6 +23,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_localsgd.progress import Report
 
+# What ranks must have in common to understand each other. Raise it by one with every change of what travels, or
+# of when: a number in a `Message` or a `Report`, a `Want`, their order, and what is sent after a header or beside it.
+PROTOCOL = 1
+
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
 T = TypeVar("T")
@@ -235,9 +239,13 @@ class Header:
         """Send ``message``, receive those of all ranks, and return what follows from them."""
         if self._group is None:
             return decide([message])
-        mine = message.row()
+        rows = self._rows(message.row(), f"{_DOING[message.want]} at its step {message.step}")
+        return decide([Message.of(row) for row in rows])
+
+    def _rows(self, mine: Tensor, doing: str) -> Tensor:
+        """Return the rows of all ranks, each as long as this one."""
         rows = torch.empty(self.size, len(mine), dtype=torch.int64)
-        who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
+        who = f"Rank {self.rank}, which {doing},"
         with torch.profiler.record_function("localsgd::header"), explained(who):
             self._work = dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True)
             while not self._work.is_completed():
@@ -246,7 +254,14 @@ class Header:
                 if not self._work.is_completed():
                     self.look(who)
             self._work.wait()  # raises if it has failed
-        return decide([Message.of(row) for row in rows])
+        return rows
+
+    def gather_numbers(self, numbers: Sequence[int], doing: str) -> list[list[int]]:
+        """Return what each rank gives, as many numbers each; what this rank is doing is said where that fails."""
+        if self._group is None:
+            return [list(numbers)]
+        rows: list[list[int]] = self._rows(torch.tensor(numbers), doing).tolist()
+        return rows
 
     # After a header, what is said in so many words, by all ranks at once.
 
@@ -312,7 +327,7 @@ class Header:
         except RuntimeError:  # the store has left with rank 0
             left = True
         if left:
-            raise RuntimeError(f"{who} cannot go on, because {_LEFT}.")
+            raise RuntimeError(f"{who} cannot go on, because {LEFT}.")
 
 
 @contextmanager
@@ -326,7 +341,7 @@ def explained(who: str) -> Generator[None, None, None]:
         if "imed out" in str(error):
             why = f"the others have not come there within the `timeout` of the strategy ({error})"
         else:
-            why = _LEFT
+            why = LEFT
         raise RuntimeError(f"{who} cannot go on, because {why}.") from error
 
 
@@ -350,7 +365,7 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
     return f"The ranks have come apart: {where[first]} while {where[other]}."
 
 
-_LEFT = "another worker has left; see the first error above"
+LEFT = "another worker has left; see the first error above"
 
 _DOING = {
     Want.BARRIER: "waits at a barrier",

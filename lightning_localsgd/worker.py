@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
+from lightning_localsgd.fingerprint import other_model
 from lightning_localsgd.header import Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean
@@ -22,7 +23,7 @@ from lightning_localsgd.moments import AverageState, average_states, mean_state
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.pace import Pace
 from lightning_localsgd.progress import Measured, Report
-from lightning_localsgd.replica import Replica, Snapshot, difference
+from lightning_localsgd.replica import Replica, Snapshot
 
 OptimizerState = Literal["keep", "reset"] | AverageState
 
@@ -220,11 +221,7 @@ class Worker:
             decision = self._header.exchange(replace(message, signals=self.signals))
         except ReplicasDiffer as found:  # by all ranks
             descriptions = self._header.gather(self.replica.describe())
-            one, odd = descriptions[found.one], descriptions[found.odd]
-            raise RuntimeError(
-                f"All workers must train the same model, and the parameters and buffers of rank {found.odd} differ "
-                f"from those of rank {found.one}: {difference(one, odd)}."
-            ) from None
+            raise other_model(found.one, found.odd, descriptions[found.one], descriptions[found.odd]) from None
         self.known_signals |= decision.signals
         return self._without_nonfinite(decision) if decision.takes_mean else decision
 
