@@ -13,12 +13,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.serialization import get_crc32_options, set_crc32_options
+from torch.utils.data import DataLoader
 
 from lightning_localsgd import LocalSGDStrategy, adopt_replica
 from lightning_localsgd.checkpoint import AtomicCheckpointIO, write
 from lightning_localsgd.intact import load
 from tests.damage import damaged, equal
 from tests.models import Regression, loader, state_of, trainer
+from tests.resume import Points
 from tests.versions import WEIGHTS_ONLY
 from tests.workers import run_workers
 
@@ -38,12 +40,17 @@ class Remembers(ModelCheckpoint):
 
 
 def fit(folder, workers, resume=None):
-    savers = [Remembers(folder, filename="{step}", every_n_train_steps=4)]
+    savers = [Remembers(folder, filename="{step}", every_n_train_steps=4)] if folder else []
     strategy = LocalSGDStrategy(4, checkpoint="exact")
-    run = trainer(workers, strategy, callbacks=savers, enable_checkpointing=True, max_steps=STEPS)
+    run = trainer(workers, strategy, callbacks=savers, enable_checkpointing=bool(folder), max_steps=STEPS)
     model = Regression("adamw")
-    run.fit(model, loader([STEPS] * workers), ckpt_path=resume, **WEIGHTS_ONLY)
+    data = DataLoader(Points(workers * 2 * STEPS), batch_size=2, shuffle=True)
+    run.fit(model, data, ckpt_path=resume, **WEIGHTS_ONLY)
     return model
+
+
+def save(folder):
+    fit(folder, 2)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,7 @@ def test_data_of_others_is_verified_too(saved, tmp_path):
     ("content", "says"),
     [
         (b"", "is damaged, or none: it is no whole file as `torch.save` writes it"),
-        (b"epoch: 3\n" * 1000, "is damaged, or none"),
+        (b"epoch: 3", "is damaged, or none"),
         ("cut", "is damaged, or none"),
         ("folder", "must be a file, and .* is a folder"),
         ("legacy", "is damaged, or none"),
@@ -307,7 +314,7 @@ def load_mutations(folder, seeds):
 def by_trainer(way, path):
     """Return the model that Trainer has after it has loaded ``path``: of the sixth step, or as it was saved."""
     if way == "fit":
-        return state_of(fit(path.parent / "again", 1, str(path)))
+        return state_of(fit(None, 1, str(path)))
     model = Regression()
     trainer(1, LocalSGDStrategy(4)).validate(model, loader([0]), ckpt_path=str(path), **WEIGHTS_ONLY, verbose=False)
     return state_of(model)
