@@ -48,9 +48,8 @@ def main() -> None:
                 start, cpu = time.perf_counter(), time.process_time()
                 act()
                 seconds[way].append((time.perf_counter() - start, time.process_time() - cpu))
-        print(
-            f"{os.path.getsize(path) / 1e9:.2f} GB, {args.tensors} tensors; seconds per GB by the clock, and of the CPU:"
-        )
+        size_in_gb = os.path.getsize(path) / 1e9
+    print(f"{size_in_gb:.2f} GB, {args.tensors} tensors; seconds per GB by the clock, and of the CPU:")
     for way, taken in seconds.items():
         clock, cpu = (median(column) / args.gb for column in zip(*taken, strict=True))
         print(f"  {way:24}{clock:5.2f} {cpu:5.2f}")

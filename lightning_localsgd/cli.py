@@ -2,8 +2,30 @@
 
 import os
 import sys
+from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
+
+
+class CLI(LightningCLI):
+    """Lightning's command line, with our strategy unless another one is named."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            trainer_defaults={"strategy": {"class_path": "lightning_localsgd.LocalSGDStrategy"}},
+            parser_kwargs={
+                "prog": "lightning-localsgd",  # also for `python -m`, where it would be `__main__.py`
+                "description": (
+                    "Train by parallel restarted SGD: workers train alone for a round, then agree on one model."
+                ),
+            },
+            **options,
+        )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.trainer is None:
+            self.parser.error("`trainer` must be a mapping of options, got null.")
 
 
 def main() -> None:
@@ -17,10 +39,4 @@ def main() -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m lightning_localsgd` does
-    LightningCLI(
-        trainer_defaults={"strategy": {"class_path": "lightning_localsgd.LocalSGDStrategy"}},
-        parser_kwargs={
-            "prog": "lightning-localsgd",  # also for `python -m`, where it would be `__main__.py`
-            "description": "Train by parallel restarted SGD: workers train alone for a round, then agree on one model.",
-        },
-    )
+    CLI()
