@@ -4,6 +4,7 @@ import os
 import sys
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI
 
 
@@ -24,8 +25,8 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
-        if config.trainer is None:
-            self.parser.error("`trainer` must be a mapping of options, got null.")
+        if not isinstance(config.trainer, Namespace):  # to Lightning's own code
+            self.parser.error(f"`trainer` must be a mapping of options, got {config.trainer!r}.")
 
 
 def main() -> None:
