@@ -162,6 +162,18 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(content, says, saved, 
         assert "\n" not in str(error.value)
 
 
+def test_a_tensor_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """The list of records has room for such marks, and torch reads nothing into the memory of one that is a folder."""
+    path = tmp_path / "file.ckpt"
+    write({"weight": torch.arange(100.0)}, str(path))
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02", data.rindex(b"archive/data/0") - 50)
+    data[entry + 38] |= 0x10  # of the external attributes
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="`weight` is not as saved"):
+        load(str(path))
+
+
 def test_a_missing_file_is_lightnings_own_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
