@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from socket import gethostname
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
@@ -22,24 +23,38 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.hub import download_url_to_file
 
 from lightning_localsgd._lightning import after_saves
 from lightning_localsgd.header import Header
+from lightning_localsgd.intact import checksums, load
 
 KEY = "lightning_localsgd"  # our entry in a checkpoint
 _FOLDER = "localsgd-parts"  # Lightning reads the digits of every name that contains `ckpt_`, so ours does not
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint so that under its name there is always a whole one: the old or the new.
+    """Writes a checkpoint so that under its name there is always a whole one, the old or the new; reads only such.
 
-    The file is written under another name, flushed to the disk, and renamed.
+    The file is written under another name, flushed to the disk, and renamed. What is read is verified, and nothing that
+    stands in it is executed unless the user says so.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)  # raises, and says what to do
         write(checkpoint, str(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # Lightning's own verifies nothing, and takes False for None before 2.6, and of URLs since.
+        if not str(path).startswith("http"):
+            return load(str(path), map_location=map_location, weights_only=weights_only)
+        with TemporaryDirectory() as folder:
+            copy = os.path.join(folder, "copy.ckpt")
+            download_url_to_file(str(path), copy, progress=False)
+            return load(copy, map_location=map_location, weights_only=weights_only, called=str(path))
 
 
 def write(content: Any, path: str) -> None:
@@ -52,13 +67,14 @@ def write(content: Any, path: str) -> None:
     try:
         if isinstance(files, LocalFileSystem):
             with open(unfinished, "wb") as file:
-                torch.save(content, file)
+                with checksums():
+                    torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, name)
             _sync(folder)
         else:
-            with files.open(unfinished, "wb") as file:
+            with checksums(), files.open(unfinished, "wb") as file:
                 torch.save(content, cast(BinaryIO, file))
             files.mv(unfinished, name)
     except BaseException:
@@ -106,7 +122,8 @@ class Parts:
         try:
             if isinstance(files, LocalFileSystem):
                 return cls.of(torch.load(name, map_location="cpu", mmap=True, weights_only=True))
-            return cls.of(_load(files, name))
+            with files.open(name, "rb") as file:
+                return cls.of(torch.load(file, map_location="cpu", weights_only=True))
         except Exception:  # no file, or not one of ours
             return None
 
@@ -124,11 +141,12 @@ class Parts:
 
         Raises:
             FileNotFoundError: if it is neither where it was written nor beside the main file.
+            ValueError: if it is damaged.
         """
         for folder in dict.fromkeys((self.folder, os.path.join(_folder_of(main), _FOLDER))):
-            files, name = url_to_fs(os.path.join(folder, self.id, _name(rank)))
-            if files.exists(name):
-                part = _load(files, name, weights_only)
+            path = os.path.join(folder, self.id, _name(rank))
+            if _exists(path):
+                part = load(path, weights_only=weights_only)
                 assert part["id"] == self.id
                 return part
         raise FileNotFoundError(
@@ -304,11 +322,6 @@ def failed(rank: str, doing: str, error: Exception) -> Exception:
     return told
 
 
-def _load(files: Any, name: str, weights_only: bool = True) -> dict[str, Any]:
-    with files.open(name, "rb") as file:
-        return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=weights_only))
-
-
 def _exists(path: str) -> bool:
     files, name = url_to_fs(path)
     return bool(files.exists(name))
@@ -348,7 +361,7 @@ def adopt_replica(path: str | os.PathLike[str], new_path: str | os.PathLike[str]
     Example:
         ``adopt_replica("on_exception-rank1.ckpt", "go_on.ckpt")``, then ``trainer.fit(model, ckpt_path="go_on.ckpt")``.
     """
-    checkpoint = _load(*url_to_fs(os.fspath(path)))
+    checkpoint = load(os.fspath(path), weights_only=True)
     if "one_worker" not in checkpoint.get(KEY, {}):
         raise ValueError(f"`path` must be a checkpoint of one worker's replica, got {os.fspath(path)!r}.")
     del checkpoint[KEY]["one_worker"]

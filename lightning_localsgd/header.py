@@ -24,6 +24,10 @@ from torch import Tensor
 from lightning_localsgd.progress import Report
 from lightning_localsgd.signals import Board, Signals
 
+# What ranks must have in common to understand each other. Raise it by one with every change of what travels, or
+# of when: a number in a `Message` or a `Report`, a `Want`, their order, and what is sent after a header or beside it.
+PROTOCOL = 1
+
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
 INSISTS, AT_ONCE = 1, 2  # of who wants the end of a round: it cannot be held; the average has no delay
@@ -288,9 +292,13 @@ class Header:
         """Send ``message``, receive those of all ranks, and return what follows from them."""
         if self._group is None:
             return decide([message])
-        mine = message.row()
+        rows = self._rows(message.row(), f"{_DOING[message.want]} at its step {message.step}")
+        return decide([Message.of(row) for row in rows])
+
+    def _rows(self, mine: Tensor, doing: str) -> Tensor:
+        """Return the rows of all ranks, each as long as this one."""
         rows = torch.empty(self.size, len(mine), dtype=torch.int64)
-        who = self._who = f"Rank {self.rank}, which {_DOING[message.want]} at its step {message.step},"
+        who = self._who = f"Rank {self.rank}, which {doing},"
         with torch.profiler.record_function("localsgd::header"), explained(who):
             self._work = dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True)
             while not self._work.is_completed():
@@ -299,7 +307,14 @@ class Header:
                 if not self._work.is_completed():
                     self.look(who)
             self._work.wait()  # raises if it has failed
-        return decide([Message.of(row) for row in rows])
+        return rows
+
+    def gather_numbers(self, numbers: Sequence[int], doing: str) -> list[list[int]]:
+        """Return what each rank gives, as many numbers each; what this rank is doing is said where that fails."""
+        if self._group is None:
+            return [list(numbers)]
+        rows: list[list[int]] = self._rows(torch.tensor(numbers), doing).tolist()
+        return rows
 
     def telling(self) -> AbstractContextManager[None]:
         """Within it a collective that fails tells what the last header was about."""
@@ -368,7 +383,7 @@ class Header:
             RuntimeError: if another rank has left with an exception.
         """
         if self._board is not None and self._board.left:
-            raise _stopped(who, _LEFT)
+            raise _stopped(who, LEFT)
 
 
 @contextmanager
@@ -382,7 +397,7 @@ def explained(who: str) -> Generator[None, None, None]:
         if "imed out" in str(error):
             why = f"the others have not come there within the `timeout` of the strategy ({error})"
         else:
-            why = _LEFT
+            why = LEFT
         raise _stopped(who, why) from error
 
 
@@ -412,7 +427,7 @@ def _why_not(messages: Sequence[Message], want: Want) -> str:
 
 
 _STOPPED = "cannot go on, because"
-_LEFT = "another worker has left; see the first error above"
+LEFT = "another worker has left; see the first error above"
 
 _DOING = {
     Want.BARRIER: "waits at a barrier",

@@ -29,9 +29,20 @@ class Line(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]  # and the sizes that they belong to, where these are not 1
-    sent: bool
+    sent: bool = True
     trained: bool = False  # where that matters
     digest: int = 0  # of the values, if they are not sent
+
+
+def line(name: str, tensor: Tensor) -> Line:
+    """Describe a tensor, also one that cannot be averaged."""
+    if is_lazy(tensor):
+        return Line(name, f"lazy {tensor.dtype}", (), ())
+    dtype, shape = str(tensor.dtype), tuple(tensor.shape)
+    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+        return Line(name, f"{type(tensor).__name__} of {dtype} and {tensor.layout}", shape, ())
+    strides = tuple((size, stride) for size, stride in zip(shape, tensor.stride(), strict=True) if size != 1)
+    return Line(name, f"meta {dtype}" if tensor.is_meta else dtype, shape, strides)
 
 
 class Replica:
@@ -158,9 +169,8 @@ class Replica:
             problem = _problem(tensor)
             if problem:
                 raise ValueError(f"Only dense tensors of numbers can be averaged, and `{name}` {problem}.")
-            strides = tuple((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
             sent, trained = not self._rests(name, tensor), name in self._trained
-            lines.append(Line(name, str(tensor.dtype), tuple(tensor.shape), strides, sent, trained))
+            lines.append(line(name, tensor)._replace(sent=sent, trained=trained))
         return lines
 
     def layout(self) -> int:

@@ -24,6 +24,7 @@ from lightning_localsgd.checkpoint import (
     refuse_one_worker,
 )
 from lightning_localsgd.clock import Clock
+from lightning_localsgd.fingerprint import MODEL, compare, describe, greet, words
 from lightning_localsgd.header import Header, Want
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import load_as_it_was, mean_state
@@ -64,6 +65,7 @@ class Keeps(_Base):
     def _talk(self) -> Header:
         """Return how the ranks hear of each other; all make it at once."""
         if self._header is None:
+            greet(self.global_rank, self.world_size, self._timeout)
             self._header = Header(self.global_rank, self.world_size, self._timeout)
         return self._header
 
@@ -157,11 +159,24 @@ class Keeps(_Base):
             "wire": [self.mean.wire, self.mean.rounding, self.mean.error_feedback],
             "delay": self.mean.delay,
             "backend": self._process_group_backend if self.world_size > 1 else None,
-            "period": repr(self.schedule),
-            "outer": str(self.outer),
-            "optimizer_state": str(self._state_rule),
-            "pace": str(self._pace_rule),
+            "period": words(self.schedule),
+            "outer": words(str(self.outer)),
+            "optimizer_state": words(self._state_rule),
+            "pace": words(self._pace_rule),
         }
+
+    def _require_alike(self, ckpt_path: Any = None) -> None:
+        """See that all workers may join this run, before one of them sends its model, or loads one.
+
+        Raises:
+            RuntimeError: on all ranks, with the rank that is unlike the others and the difference.
+        """
+        assert self.lightning_module is not None
+        header = self._talk()
+        if header.size > 1:
+            run = {"run": self._trainer.state.fn, "ckpt_path": "given" if ckpt_path else "not given"}
+            setting = self._setting() | {"mean": repr(self.mean), "checkpoint": "exact" if self._exact else "consensus"}
+            compare(header, run | setting | {MODEL: describe(self.lightning_module)})
 
     @contextmanager
     def _own_part(self) -> Generator[dict[str, Any], None, None]:
@@ -174,18 +189,30 @@ class Keeps(_Base):
             } | ({"pace": self._pacing.state()} if self._pacing is not None else {})
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        fits = self._trainer.state.fn == TrainerFn.FITTING
+        if self._worker is None:
+            self._require_alike(checkpoint_path)
         checkpoint, part, error, path = {}, None, None, str(checkpoint_path)
         try:
             checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-            refuse_one_worker(checkpoint, path)
-            if self._exact and self._worker is None:
+            if fits:
+                refuse_one_worker(checkpoint, path)
+            if fits and self._exact and self._worker is None:
                 part = read_part(checkpoint, path, self.global_rank, self.world_size, kwargs.get("weights_only"))
         except Exception as this:
             error = this
         self._talk().agree(error)
         entry = checkpoint.get(KEY, {})
+        what = f"of step {checkpoint.get('global_step')} in epoch {checkpoint.get('epoch')}, {entry.get('clock')}"
+        compare(self._talk(), {"ckpt_path": what})
+        if not fits:
+            return checkpoint
+        was = entry.get("workers", self.world_size)
+        if was != self.world_size and self.mean.rounds_to_integers and self.mean.error_feedback:
+            rank_zero_warn(
+                f"The error memories of the wire start at 0, because the number of workers was {was} and is "
+                f"{self.world_size}."
+            )
         self._resumed = entry | {"clock": Clock.new_round(entry["clock"])} if "clock" in entry else {}
         if self._worker is not None:  # the learning rate finder goes back to where it was
             self._restart()

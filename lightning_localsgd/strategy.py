@@ -232,6 +232,7 @@ class LocalSGD(Keeps):
         return dataloader
 
     def setup(self, trainer: Trainer) -> None:
+        self._require_alike()
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return

@@ -17,6 +17,7 @@ from lightning_localsgd.anchor import require_whole
 from lightning_localsgd.averages import Averages, Ending
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import Collectives
+from lightning_localsgd.fingerprint import other_model
 from lightning_localsgd.header import AT_ONCE, INSISTS, Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.mean import Mean, bytes_of_element
@@ -24,7 +25,7 @@ from lightning_localsgd.moments import AverageState, average_states, averaged, m
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.pace import Pace
 from lightning_localsgd.progress import Measured, Report
-from lightning_localsgd.replica import Replica, Snapshot, difference
+from lightning_localsgd.replica import Replica, Snapshot
 from lightning_localsgd.rounds import Rounds
 from lightning_localsgd.signals import Signals
 
@@ -258,11 +259,7 @@ class Worker:
             decision = self._header.exchange(replace(message, signals=self._signals.pending))
         except ReplicasDiffer as found:  # by all ranks
             descriptions = self._header.gather(self.replica.describe())
-            one, odd = descriptions[found.one], descriptions[found.odd]
-            raise RuntimeError(
-                f"All workers must train the same model, and the parameters and buffers of rank {found.odd} differ "
-                f"from those of rank {found.one}: {difference(one, odd)}."
-            ) from None
+            raise other_model(found.one, found.odd, descriptions[found.one], descriptions[found.odd]) from None
         self.known_signals |= decision.signals
         return self._without_nonfinite(decision) if decision.takes_mean else decision
 

@@ -195,6 +195,14 @@ def test_an_unknown_key_in_a_file_is_named(parse, tmp_path):
     assert "periods" in parse("fit", "--config", tmp_path / "wrong.yaml", code=2)
 
 
+@pytest.mark.parametrize(("value", "told"), [("", "got None"), (" 3", "got 3")])
+def test_a_trainer_that_is_no_mapping_is_named(parse, tmp_path, monkeypatch, value, told):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    (tmp_path / "wrong.yaml").write_text(f"seed_everything: false\nmodel: examples.digits.Digits\ntrainer:{value}\n")
+    printed = parse("fit", "--config", tmp_path / "wrong.yaml", code=2)
+    assert "`trainer` must be a mapping of options, " + told in printed
+
+
 def test_a_wrong_period_ends_before_there_is_a_trainer(parse, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
     with pytest.raises(ValueError, match=r"`period` must be an int of at least 1, got 0\."):
