@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_localsgd.anchor import Anchor, Line, Trained
 
+_CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
+
 
 class Flight:
     """One average from the end of its round to where it lands.
@@ -103,10 +105,8 @@ class Flight:
                 if not keep or x.dtype == torch.bool or (place >= first and x.is_floating_point()):
                     s.copy_(start)
                 else:
-                    wide = s.dtype if s.is_floating_point() else torch.int64
-                    x_, s_, start_ = x.to(wide), s.to(wide), start.to(wide)
-                    # Who has not moved is at the start, and where the start is s nothing changes, bit for bit.
-                    s.copy_(torch.where(x_ == s_, start_, x_ + (start_ - s_)))
+                    for parts in zip(x.split(_CHUNK), s.split(_CHUNK), start.split(_CHUNK), strict=True):
+                        _go_on(*parts)
                 x.copy_(start)
         yield
         with torch.no_grad():
@@ -126,3 +126,11 @@ class Flight:
 
     def _values(self) -> list[Tensor]:
         return [*self.own.values.values(), *self.mean.values.values(), *self._rest, *self._rest_mean]
+
+
+def _go_on(x: Tensor, s: Tensor, start: Tensor) -> None:
+    """Replace ``s`` by what ``x`` becomes when its round, which ended at ``s``, turns out to have led to ``start``."""
+    wide = s.dtype if s.is_floating_point() else torch.int64
+    x, own, start = x.to(wide), s.to(wide), start.to(wide)
+    # Who has not moved is at the start, and where the start is s nothing changes, bit for bit.
+    s.copy_(torch.where(x == own, start, x + (start - own)))

@@ -343,6 +343,8 @@ def as_in_yaml() -> dict[str, LocalSGDStrategy]:
         "ddp": LocalSGDStrategy(1),
         "every": LocalSGDStrategy(8),
         "every-epoch": LocalSGDStrategy(EveryEpoch()),
+        "int4-delay-diloco": LocalSGDStrategy(8, mean=Mean(wire="int4", delay=4), outer=DiLoCo()),
+        "int8": LocalSGDStrategy(8, mean=Mean(wire="int8", rounding="stochastic")),
         "outer-adam": LocalSGDStrategy(8, outer=Outer(partial(torch.optim.Adam, lr=0.003))),
         "post-local-diloco": LocalSGDStrategy(PostLocal(50, then=16), outer=DiLoCo()),
         "proportional": LocalSGDStrategy(8, pace=Proportional([1.0, 0.5])),
@@ -358,7 +360,13 @@ def said(strategy: LocalSGDStrategy) -> list[Any]:
     if isinstance(outer, Outer):
         made = outer.optimizer([torch.zeros(1)])
         return [repr(strategy.schedule), repr(strategy._state_rule), type(made), made.defaults]
-    return [repr(strategy.schedule), repr(strategy._state_rule), repr(outer), repr(strategy._pace_rule)]
+    return [
+        repr(strategy.schedule),
+        repr(strategy.mean),
+        repr(strategy._state_rule),
+        repr(outer),
+        repr(strategy._pace_rule),
+    ]
 
 
 def from_yaml() -> dict[str, Any]:
