@@ -105,7 +105,7 @@ class Flight:
                 if not keep or x.dtype == torch.bool or (place >= first and x.is_floating_point()):
                     s.copy_(start)
                 else:
-                    for parts in zip(x.split(_CHUNK), s.split(_CHUNK), start.split(_CHUNK), strict=True):
+                    for parts in zip(*(torch.split(all_, _CHUNK) for all_ in (x, s, start)), strict=True):
                         _go_on(*parts)
                 x.copy_(start)
         yield
