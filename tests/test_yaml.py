@@ -54,14 +54,10 @@ trainer:
         init_args:
           beta: 0.4
       optimizer_state:
-        class_path: AverageState
-        init_args:
-          every: 3
+        every: 3
       pace:
-        class_path: Proportional
-        init_args:
-          speeds: [1.0, 0.5]
-          average: steps
+        speeds: [1.0, 0.5]
+        average: steps
       checkpoint: exact
 """
 CREATED = "created-by-yaml"
