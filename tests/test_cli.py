@@ -54,7 +54,7 @@ def train(tmp_path_factory):
 
 
 def checkpoint_of(folder: Path) -> Path:
-    (path,) = folder.glob("checkpoints/*.ckpt")
+    (path,) = (path for path in folder.glob("checkpoints/*.ckpt") if path.name != "last.ckpt")
     return path
 
 

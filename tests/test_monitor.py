@@ -97,6 +97,25 @@ def test_rounds_and_spreads():
         assert totals["total_spared_seconds"] == pytest.approx(spared)
 
 
+def heard_of(mean):
+    ears = Ears()
+    trainer(2, LocalSGDStrategy(3, mean=mean), callbacks=[ears]).fit(Constant(), loader([8, 8]))
+    return ears.rounds, ears.spreads
+
+
+def test_delays_and_wires():
+    for rounds, spreads in run_workers(heard_of, 2, Mean(delay=2, wire="int8")):
+        assert [(one.number, one.step, one.steps) for one in rounds] == [(0, 3, 3), (1, 6, 3), (2, 8, 2)]
+        # One parameter is a block of 128 integers and its scale for each owner; it is counted as a part of one.
+        assert all(one.sent == 130 // 128 for one in rounds)
+        # Each round moves the workers by 3 and 6 from where the last one's mean leads, whenever that lands.
+        assert [one.apart for one in spreads] == [pytest.approx((1.5, 1.5), rel=0.06)] * 2 + [
+            pytest.approx((1.0, 1.0), rel=0.06)
+        ]
+    with pytest.raises(ValueError, match=r"listen without `moves`"):
+        trainer(1, LocalSGDStrategy(3, mean=Mean(delay=1)), callbacks=[Ears(anchor=True)]).fit(Constant(), loader([3]))
+
+
 def test_who_has_not_worked_does_not_count():
     rounds, spreads, _ = run_workers(heard, 3, 2, [2, 4, 4])[0]
     assert [one.steps for one in rounds] == [2, 2]
