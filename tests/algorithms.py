@@ -362,7 +362,7 @@ def said(strategy: LocalSGDStrategy) -> list[Any]:
         return [repr(strategy.schedule), repr(strategy._state_rule), type(made), made.defaults]
     return [
         repr(strategy.schedule),
-        repr(strategy.mean),
+        strategy.mean,
         repr(strategy._state_rule),
         repr(outer),
         repr(strategy._pace_rule),

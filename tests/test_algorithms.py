@@ -31,7 +31,7 @@ def test_equals_the_serial_reference_after_every_step(workers):
             for x_i, state in zip(xs, states, strict=True):
                 for key, value in x_i.state_dict().items():
                     torch.testing.assert_close(state[f"net.{key}"], value, atol=1e-6, rtol=1e-5, msg=f"{name}, {t}")
-            if t == algorithm.steps or (t in ends and not algorithm.mean.delay):
+            if t in (*range(algorithm.warmup + 1), algorithm.steps) or (t in ends and not algorithm.mean.delay):
                 assert same(states), (name, t)
             elif workers > 1 and rate_of(algorithm, workers)(t):
                 assert not same(states), (name, t)

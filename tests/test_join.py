@@ -77,7 +77,7 @@ SETTINGS = [
     ({"period": 8}, {"period": 4}, "`period` is Every(period=4) where rank 0's is Every(period=8)"),
     ({"period": 8}, {"period": EveryEpoch()}, "`period` is EveryEpoch("),
     ({}, {"mean": Mean(bucket_mb=8)}, "`bucket_mb` is 8 where rank 0's is 64"),
-    ({}, {"mean": Mean(nonfinite="exclude")}, "`mean` is Mean(bucket_mb=64, nonfinite='exclude', frozen='send')"),
+    ({}, {"mean": Mean(nonfinite="exclude")}, f"`mean` is {Mean(nonfinite='exclude')!r}"),
     ({}, {"outer": DiLoCo()}, "`outer` is "),
     ({"outer": DiLoCo()}, {"outer": Outer(torch.optim.SGD)}, "`outer` is "),
     ({}, {"optimizer_state": "reset"}, "`optimizer_state` is reset where rank 0's is keep"),

@@ -127,6 +127,9 @@ LOOPS = {"fit_loop", "epoch_loop", "val_loop"}
 INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model", "_process_group_backend"}
 # Python's, torch's and torchmetrics'.
 NOT_LIGHTNINGS = {
+    "_asdict",
+    "_device_types",
+    "_get_backend",
     "_getframe",
     "_replace",
     "_version",

@@ -183,7 +183,7 @@ class Adapter(Constant):
 
 def fit_frozen(frozen):
     model, trajectory = Adapter(), Trajectory()
-    strategy = LocalSGDStrategy(3, mean=Mean(0.01, frozen=frozen))  # 4 buckets, with the frozen base
+    strategy = LocalSGDStrategy(3, mean=Mean(0.02, frozen=frozen))  # 4 buckets, with the frozen base
     with torch.profiler.profile() as profile:
         trainer(2, strategy, callbacks=[trajectory]).fit(model, loader([9, 9]))
     reduces = sum(event.name == "gloo:all_reduce" for event in profile.events())

@@ -112,8 +112,13 @@ def test_delays_and_wires():
         assert [one.apart for one in spreads] == [pytest.approx((1.5, 1.5), rel=0.06)] * 2 + [
             pytest.approx((1.0, 1.0), rel=0.06)
         ]
-    with pytest.raises(ValueError, match=r"listen without `moves`"):
-        trainer(1, LocalSGDStrategy(3, mean=Mean(delay=1)), callbacks=[Ears(anchor=True)]).fit(Constant(), loader([3]))
+    (raised,) = run_workers(asks_for_moves, 1, catch=True)
+    assert raised.type == "ValueError"
+    assert "listen without `moves`" in raised.message
+
+
+def asks_for_moves():
+    trainer(1, LocalSGDStrategy(3, mean=Mean(delay=1)), callbacks=[Ears(anchor=True)]).fit(Constant(), loader([3]))
 
 
 def test_who_has_not_worked_does_not_count():

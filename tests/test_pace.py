@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass, field
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -650,7 +651,7 @@ def test_refuses_data_and_modules_that_follow_each_workers_own_steps():
     first, second = run_workers(refuse, 2)
     of_one, of_other = (said.pop("one of them") for said in (first, second))
     assert of_one.startswith(
-        "RuntimeError: Rank 1 failed where all ranks must succeed: ValueError: `pace` must be 'equal'"
+        f"RuntimeError: Rank 1 on host {gethostname()} failed where all ranks must succeed: ValueError: `pace` must be"
     )
     assert of_other.startswith("ValueError: `pace` must be 'equal' where the samples are not dealt")
     assert first == second
