@@ -321,7 +321,9 @@ def table_of_training(costs: dict[tuple[float, Way], list[Cost]], ways: Sequence
         lines.append(f"{line} {median(cost.bytes for cost in costs[speeds[0], way]) / 1e6:.3f} |")
     for mbit in speeds:
         ceiling, whole = (median(c.seconds for c in costs[mbit, way]) for way in (CEILING, ("float32", 0)))
-        lines.append(f"\n{mbit:g} Mbit/s: a blocking average in float32 takes {PERIOD * (whole / ceiling - 1):.1f} steps")
+        lines.append(
+            f"\n{mbit:g} Mbit/s: a blocking average in float32 takes {PERIOD * (whole / ceiling - 1):.1f} steps"
+        )
     return "\n".join(lines)
 
 
@@ -346,7 +348,10 @@ def draw(
     left.set_title(f"a blocking average of 20 MB, {size} workers", fontsize=10)
     right.axhline(100, color="lightgray", zorder=0)
     speeds = sorted({mbit for mbit, _ in training})
-    names = [DDP, *(f"{wire}\n{delay or 'blocking'}" for wire, delay in (way for way in ways if not isinstance(way, str)))]
+    names = [
+        DDP,
+        *(f"{wire}\n{delay or 'blocking'}" for wire, delay in (way for way in ways if not isinstance(way, str))),
+    ]
     drawn = [way for way in ways if way != CEILING]
     width = 0.8 / len(speeds)
     for number, mbit in enumerate(speeds):
