@@ -24,6 +24,7 @@ class Line:
         shape: of the parameter.
         stride: of the parameter; its elements lie in the line as they do in its memory.
         complex: whether an element is two numbers of the line.
+        dtype: of its numbers in the model.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Line:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     complex: bool
+    dtype: torch.dtype
 
 
 def require_whole(parameters: Sequence[Trained]) -> None:
@@ -68,14 +70,15 @@ class Anchor:
             for place in places:
                 name, tensor, _ = parameters[place]
                 shape, stride = tuple(tensor.shape), tensor.stride()
-                line = Line(name, group, start, views[place].numel(), shape, stride, tensor.is_complex())
+                size, dtype = views[place].numel(), views[place].dtype
+                line = Line(name, group, start, size, shape, stride, tensor.is_complex(), dtype)
                 found[place] = line
                 lines.append(line)
                 start += line.size
-            dtype, device = group
+            (reduced, device) = group
             pinned = in_main_memory and device.type != "cpu"
             self.values[group] = torch.empty(
-                start, dtype=dtype, device="cpu" if in_main_memory else device, pin_memory=pinned
+                start, dtype=reduced, device="cpu" if in_main_memory else device, pin_memory=pinned
             )
             self._starts[group] = [line.start for line in lines], lines
         self.lines = [found[place] for place in range(len(views))]  # in the order of the parameters
@@ -112,6 +115,14 @@ class Anchor:
             first, last = max(start, line.start), min(stop, line.start + line.size)
             if first < last:
                 yield line, slice(first - line.start, last - line.start), slice(first - start, last - start)
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Round the values to what the parameters can hold."""
+        for line in self.lines:
+            if line.dtype != line.group[0]:
+                part = self._part(line)
+                part.copy_(part.to(line.dtype))
 
     def shaped(self) -> list[Tensor]:
         """Return the values as views of the parameters' own shapes."""

@@ -51,6 +51,7 @@ class Averages:
         group: the process group on which averages travel in the background, or None for the one that all else takes.
         seed: of the noise in roundings.
         device: where the model is.
+        look: raises if another worker has left.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Averages:
         group: Any,
         seed: int,
         device: torch.device,
+        look: Callable[[], None],
     ) -> None:
         self._mean = mean
         self._landing = landing
@@ -74,6 +76,8 @@ class Averages:
         self._exchange = Exchange(mean, rank, size, seed) if mean.needs_anchor and size > 1 else None
         self._group = group
         self._device = device
+        self._stream: torch.cuda.Stream | None = None  # of averages in the background, on a GPU
+        self._look = look
         self.flight: Flight | None = None  # the average that has not landed
 
     def begin_round(self) -> None:
@@ -127,15 +131,17 @@ class Averages:
     def launch(self, of: Ending, modest: bool) -> None:
         """Begin to average the replicas as they are now."""
         assert self.flight is None
-        trained, rest = self._replica.trained(), self._replica.rest()
-        flight = Flight(trained, rest, len(self._replica.buffers()), self._mean.delay, of)
+        rest, buffers = self._replica.named_rest(), self._replica.named_buffers()
+        flight = Flight(self._replica.trained(), rest, buffers, self._mean.delay, of)
 
         def average(views: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
             self._average(views, of, modest, group=self._group)
             if rest and len(of.weights) > 1:
                 self._mean.average(rest, of.weights, self._rank, modest=modest, group=self._group)
 
-        flight.start(average, self._device)
+        if self._stream is None and self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        flight.start(average, self._device, self._stream)
         self.flight = flight
 
     def land(self, at_start: Callable[[], None]) -> Squares:
@@ -146,7 +152,7 @@ class Averages:
         """
         assert self.flight is not None
         flight = self.flight
-        flight.arrive()
+        flight.arrive(self._look)
         self.flight = None
         if self._probe is not None:
             look = self._probe.over(self._replica.trained_keys())
@@ -158,7 +164,8 @@ class Averages:
             apart, together = self._landing.land(flight.mean, flight.own, self._capacity)
         squares = self._seen(apart, together)
         trained = [piece for _, _, pieces in self._replica.trained() for piece in pieces]
-        with flight.landing(trained, self._replica.rest(), keep=not flight.of.left_out):
+        now = self._replica.named()
+        with flight.landing(trained, [now[name] for name in flight.rest], keep=not flight.of.left_out):
             at_start()
         return squares
 
@@ -176,25 +183,31 @@ class Averages:
     def forget(self) -> None:
         """Begin anew, when what is under way has arrived; all workers together."""
         if self.flight is not None:
-            self.flight.arrive()
+            self.flight.arrive(self._look)
+        self.rest()
+
+    def rest(self) -> None:
+        """Let go of the memory, without waiting for anything."""
         self.flight = None
         if self._exchange is not None:
             self._exchange.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this worker needs for an exact resume, when what is under way has arrived."""
+        if self.flight is not None:
+            self.flight.arrive(self._look)  # first: it changes the error memories
         memories = {"memories": self._exchange.state_dict()} if self._exchange is not None else {}
         return memories | ({"flight": self.flight.state_dict()} if self.flight is not None else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the error memories, and with an average that has not landed."""
-        if self._exchange is not None and "memories" in state:
+        if self._exchange is not None and state.get("memories"):
             self._exchange.load_state_dict(state["memories"], self._landing.anchor)
         if "flight" in state:
-            trained, rest = self._replica.trained(), self._replica.rest()
-            of = Ending(**state["flight"]["of"])
-            self.flight = Flight(trained, rest, len(self._replica.buffers()), state["flight"]["steps"], of)
-            self.flight.load_state_dict(state["flight"])
+            kept, now = state["flight"], self._replica.named()
+            rest, buffers = {name: now[name] for name in kept["rest"]}, self._replica.named_buffers()
+            self.flight = Flight(self._replica.trained(), rest, buffers, kept["steps"], Ending(**kept["of"]))
+            self.flight.load_state_dict(kept)
 
 
 def _all(looks: Sequence[Callable[[Bucket], None]]) -> Callable[[Bucket], None] | None:

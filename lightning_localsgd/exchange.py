@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_localsgd.anchor import Anchor
+from lightning_localsgd.anchor import Anchor, Line
 from lightning_localsgd.header import explained
 from lightning_localsgd.mean import Bucket, Group, Mean, each_bucket, grouped, pipelined
 from lightning_localsgd.wire import FORMATS, noise
@@ -40,6 +41,7 @@ class Exchange:
         self._seed = seed
         # What this worker's messages, and the means that it sends back, have left out so far, along the anchor's lines.
         self._memory: dict[Group, tuple[Tensor, Tensor]] = {}
+        self._lines: dict[Group, list[Line]] = {}  # of the parameters that they are for
 
     @torch.no_grad()
     def average(
@@ -103,32 +105,42 @@ class Exchange:
         if not (self.format.remembers and self._mean.error_feedback):
             return None
         whole, rest = divmod(len(anchor.values[kind]), capacity := self.capacity(anchor, kind))
-        sizes = [len(anchor.values[kind]), whole * self.share(capacity) + self.share(rest)]
-        if kind not in self._memory or [len(part) for part in self._memory[kind]] != sizes:
+        lines, old = [line for line in anchor.lines if line.group == kind], self._lines.get(kind)
+        if lines != old:  # what is trained has changed, and with it who owns what
             dtype, device = kind
-            own, owned = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
-            self._memory[kind] = own, owned
+            own = torch.zeros(len(anchor.values[kind]), dtype=dtype, device=device)
+            owned = torch.zeros(whole * self.share(capacity) + self.share(rest), dtype=dtype, device=device)
+            stay = {line.name: line for line in old or []}
+            for line in lines:
+                if line.name in stay and stay[line.name].size == line.size:
+                    was = self._memory[kind][0][stay[line.name].start :][: line.size]
+                    own[line.start : line.start + line.size].copy_(was)
+            self._memory[kind], self._lines[kind] = (own, owned), lines
+            if old is not None:
+                rank_zero_info("Other parameters are trained: the error memories of their owners start at 0.")
         return self._memory[kind]
 
     def noise(self, kind: Group, number: int, hop: int, start: int) -> torch.Generator | None:
         """Return the noise for one rounding of a bucket, if it is not to the nearest."""
         if self._mean.rounding == "nearest":
             return None
-        return noise(kind[1], self._seed, number, self.rank, hop, start)
+        return noise(kind[1], self._seed, number, self.rank, hop, start, kind[0].itemsize)
 
     def forget(self) -> None:
         """Begin with error memories of 0."""
-        self._memory = {}
+        self._memory, self._lines = {}, {}
 
-    def state_dict(self) -> list[list[Tensor]]:
-        """Return the error memories."""
-        return [[own, owned] for own, owned in self._memory.values()]
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Return the error memories, by dtype."""
+        return {str(dtype): list(memories) for (dtype, _), memories in self._memory.items()}
 
-    def load_state_dict(self, state: list[list[Tensor]], anchor: Anchor) -> None:
+    def load_state_dict(self, state: dict[str, list[Tensor]], anchor: Anchor) -> None:
         """Take up the error memories of parameters like the anchor's."""
-        for kind, memories in zip(anchor.values, state, strict=False):
-            own, owned = (memory.to(kind[1], copy=True) for memory in memories)
-            self._memory[kind] = own, owned
+        for kind in anchor.values:
+            if str(kind[0]) in state:
+                own, owned = (memory.to(kind[1], copy=True) for memory in state[str(kind[0])])
+                self._memory[kind] = own, owned
+                self._lines[kind] = [line for line in anchor.lines if line.group == kind]
 
 
 class _Trip:

@@ -1,7 +1,7 @@
 """WHAT is under way: an average that is taken in the background while training goes on, and lands some steps later."""
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_localsgd.anchor import Anchor, Line, Trained
 
+_LISTEN = 1.0  # seconds in which a wait is deaf to Ctrl-C, and to what others have left in writing
 _CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
 
 
@@ -18,40 +19,48 @@ class Flight:
 
     Args:
         trained: the trained parameters at the end of the round.
-        rest: one-dimensional views of all else that is averaged.
-        buffers: how many of these, the last ones, are of buffers.
+        rest: one-dimensional views of all else that is averaged, by name.
+        buffers: the names of those that are of buffers.
         steps: until it lands.
         of: what is known of the round.
     """
 
-    def __init__(self, trained: Sequence[Trained], rest: Sequence[Tensor], buffers: int, steps: int, of: Any) -> None:
+    def __init__(
+        self, trained: Sequence[Trained], rest: Mapping[str, Tensor], buffers: Collection[str], steps: int, of: Any
+    ) -> None:
         self.own = Anchor(trained)  # this worker's values at the end of the round
         self.mean = Anchor(trained)  # the same, and then their mean
         self.steps = steps
         self.of = of
         self.seconds = 0.0  # that it has taken this worker's own time so far
         self.tell: Callable[[float], None] = lambda seconds: None  # called when it has landed
-        self._rest = [view.clone() for view in rest]
-        self._rest_mean = [view.clone() for view in rest]
-        self._first_buffer = len(rest) - buffers
+        self.rest = list(rest)  # what is trained, or frozen, may be another thing when it lands
+        self._buffers = [name in buffers for name in rest]
+        self._rest_own = [view.clone() for view in rest.values()]
+        self._rest_mean = [view.clone() for view in rest.values()]
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._done: torch.cuda.Event | None = None
 
-    def start(self, average: Callable[[Sequence[Tensor], Sequence[Tensor]], None], device: torch.device) -> None:
+    def start(
+        self,
+        average: Callable[[Sequence[Tensor], Sequence[Tensor]], None],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         """Begin to replace the values by their mean.
 
         Args:
             average: does it, in place, for views of the trained parameters and of the rest.
-            device: where they are; on a GPU a stream of its own does the work.
+            device: where they are.
+            stream: which does the work on a GPU.
         """
-        on_gpu = device.type == "cuda"
-        stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # until the values have been copied
 
         def work() -> None:
             try:
+                on_gpu = stream is not None
                 with torch.cuda.device(device) if on_gpu else nullcontext(), torch.cuda.stream(stream):
                     average(self.mean.flat(), self._rest_mean)
                     if stream is not None:
@@ -72,8 +81,11 @@ class Flight:
         self.steps -= 1
         return self.steps <= 0
 
-    def arrive(self) -> None:
+    def arrive(self, look: Callable[[], None]) -> None:
         """Wait for the mean.
+
+        Args:
+            look: raises if another worker has left, for whom this one would wait in vain.
 
         Raises:
             RuntimeError: if it has failed.
@@ -81,7 +93,10 @@ class Flight:
         if self._thread is None:
             return
         with torch.profiler.record_function("localsgd::wait"):
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(_LISTEN)
+                if self._thread.is_alive():
+                    look()
         self._thread = None
         if self._done is not None:
             torch.cuda.current_stream().wait_event(self._done)
@@ -94,30 +109,31 @@ class Flight:
 
         Args:
             views: of the trained parameters, as they are now.
-            rest: views of all else; of these buffers of floats just take their mean.
+            rest: views of all else, in the order of :attr:`rest`; of these buffers of floats just take their mean.
             keep: whether what this worker has learnt since the end of the round, :math:`x - s`, is kept.
         """
-        starts, own = [*self.mean.flat(), *self._rest_mean], [*self.own.flat(), *self._rest]
-        first = len(views) + self._first_buffer
-        views = [*views, *rest]
+        # Parameters last, and all of `own` before any x: names may share memory.
+        starts, own = [*self._rest_mean, *self.mean.flat()], [*self._rest_own, *self.own.flat()]
+        are_buffers = [*self._buffers, *(False for _ in views)]
+        views = [*rest, *views]
         with torch.profiler.record_function("localsgd::apply"), torch.no_grad():
-            for place, (x, start, s) in enumerate(zip(views, starts, own, strict=True)):
-                if not keep or x.dtype == torch.bool or (place >= first and x.is_floating_point()):
+            for x, start, s, is_buffer in zip(views, starts, own, are_buffers, strict=True):
+                if not keep or x.dtype == torch.bool or (is_buffer and x.is_floating_point()):
                     s.copy_(start)
                 else:
                     for parts in zip(*(torch.split(all_, _CHUNK) for all_ in (x, s, start)), strict=True):
                         _go_on(*parts)
-                x.copy_(start)
+            torch._foreach_copy_(views, starts)
         yield
         with torch.no_grad():
             torch._foreach_copy_(views, own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it as tensors and plain numbers, once the mean has arrived."""
-        self.arrive()
+        """Return all of it as tensors and plain numbers, when the mean has arrived."""
         of = self.of._asdict()
         of |= {"rates": dict(of["rates"])}
-        return {"steps": self.steps, "of": of, "seconds": self.seconds, "values": self._values()}
+        more = {"seconds": self.seconds, "rest": self.rest, "values": self._values()}
+        return {"steps": self.steps, "of": of} | more
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the values; it is of parameters like these."""
@@ -125,7 +141,7 @@ class Flight:
         torch._foreach_copy_(self._values(), state["values"])
 
     def _values(self) -> list[Tensor]:
-        return [*self.own.values.values(), *self.mean.values.values(), *self._rest, *self._rest_mean]
+        return [*self.own.values.values(), *self.mean.values.values(), *self._rest_own, *self._rest_mean]
 
 
 def _go_on(x: Tensor, s: Tensor, start: Tensor) -> None:

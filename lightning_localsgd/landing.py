@@ -125,7 +125,10 @@ class Landing:
                 cuts = [here for _, _, here in mean.within(group, start, start + len(piece))]
                 there = own.values[group][start : start + len(piece)]
                 self._land(Bucket(group, start, piece, [], [piece[cut] for cut in cuts], [there[cut] for cut in cuts]))
-        return self.finish(mean.shaped())
+        squares = self.finish(mean.shaped())
+        mean.round()  # the workers start from what their dtype can hold
+        self.anchor.round()
+        return squares
 
     def finish(self, parameters: Sequence[Tensor]) -> tuple[float, float]:
         """End the round; return the squared distances apart and together, NaN if they are not measured."""

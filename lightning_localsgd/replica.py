@@ -126,6 +126,27 @@ class Replica:
             for place in range(1 if tensor.is_contiguous() else sum(1 for _ in pieces(tensor)))
         ]
 
+    def named_rest(self) -> dict[str, Tensor]:
+        """Return the views of :meth:`rest` by name and place."""
+        return self._by_name(lambda name, tensor: not (name in self._trained or self._rests(name, tensor)))
+
+    def named(self) -> dict[str, Tensor]:
+        """Return all views so."""
+        return self._by_name(lambda name, tensor: True)
+
+    def named_buffers(self) -> set[str]:
+        """Return the names of those that are of buffers."""
+        buffers = {name for name, _ in self._module.named_buffers()}
+        return set(self._by_name(lambda name, tensor: name in buffers))
+
+    def _by_name(self, wanted: Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
+        return {
+            f"{name} {place}": piece
+            for name, tensor in self._named()
+            if wanted(name, tensor)
+            for place, piece in enumerate(pieces(tensor))
+        }
+
     def buffers(self) -> list[Tensor]:
         """Return the same views for the buffers alone."""
         return [piece for buffer in self._module.buffers() for piece in pieces(buffer)]

@@ -1,5 +1,6 @@
 """WHERE Lightning asks for what is kept: the strategy's hooks for checkpoints, which say the same on all ranks."""
 
+import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -157,6 +158,7 @@ class Keeps(_Base):
             "workers": self.world_size,
             "bucket_mb": self.mean.bucket_mb,
             "wire": [self.mean.wire, self.mean.rounding, self.mean.error_feedback],
+            "seed": self._seed if self.mean.rounding == "stochastic" else None,
             "delay": self.mean.delay,
             "backend": self._process_group_backend if self.world_size > 1 else None,
             "period": words(self.schedule),
@@ -177,6 +179,11 @@ class Keeps(_Base):
             run = {"run": self._trainer.state.fn, "ckpt_path": "given" if ckpt_path else "not given"}
             setting = self._setting() | {"mean": repr(self.mean), "checkpoint": "exact" if self._exact else "consensus"}
             compare(header, run | setting | {MODEL: describe(self.lightning_module)})
+
+    @property
+    def _seed(self) -> int:
+        """What `seed_everything` has been given: the seed of the noise in roundings."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     @contextmanager
     def _own_part(self) -> Generator[dict[str, Any], None, None]:

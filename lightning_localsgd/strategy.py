@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -41,7 +40,7 @@ from lightning_localsgd.replica import Replica
 from lightning_localsgd.resume import Fit
 from lightning_localsgd.rounds import Listener, Round, Rounds
 from lightning_localsgd.saving import Keeps
-from lightning_localsgd.schedule import Every, Schedule, require_known_needs
+from lightning_localsgd.schedule import AtEnd, Every, Schedule, require_known_needs
 from lightning_localsgd.sequences import require_step_by_step
 from lightning_localsgd.signals import REQUEUE, Signals
 from lightning_localsgd.spread import Spread
@@ -172,6 +171,8 @@ class LocalSGD(Keeps):
                 f"`delay` must be at most the period, after which the next average is sent, got {mean.delay} with "
                 f"{self.schedule!r}."
             )
+        if isinstance(self.schedule, AtEnd) and mean.delay:
+            raise ValueError(f"`delay` must be 0 with `AtEnd`, whose only average is taken at once, got {mean.delay}.")
         self.outer = outer
         self._state_rule = AverageState() if optimizer_state == "average" else optimizer_state
         self._pace_rule = {"equal": None, "proportional": Proportional()}[pace] if isinstance(pace, str) else pace
@@ -322,7 +323,7 @@ class LocalSGD(Keeps):
             mean=self.mean,
             landing=landing,
             group=self._background_group(),
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what `seed_everything` has been given
+            seed=self._seed,
             optimizer_state=self._state_rule,
             measured=Measured(
                 needs, self._resumed.get("measured"), fastest=self._pace is not None, watched=rounds.watched
@@ -349,6 +350,7 @@ class LocalSGD(Keeps):
         """Return the group of averages in the background, which must not get between other collectives."""
         if self._background is None and self.mean.delay and self.world_size > 1:
             self._background = dist.new_group(backend=self._process_group_backend, timeout=self._timeout)
+            dist.all_reduce(torch.zeros(1, device=self.root_device), group=self._background)  # NCCL joins it only here
         return self._background
 
     def teardown(self) -> None:
@@ -358,6 +360,7 @@ class LocalSGD(Keeps):
             self._header.close_board()
         if self._worker is not None:
             self._worker.landing.rest()
+            self._worker.averages.rest()
             self._last = self._worker
         self._worker, self._fit, self._running, self._is_set_up = None, None, False, False
         self._pace, self._pacing = None, None
@@ -371,9 +374,7 @@ class LocalSGD(Keeps):
         if self._header is not None:
             self._header.leave()
             self._header = None
-        if self._background is not None:
-            _abort(self._background)
-            self._background = None
+        self._background = None
         _lightning.end_with(self.launcher)
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -777,14 +778,6 @@ class LocalSGD(Keeps):
 class LocalSGDStrategy(LocalSGD, DDPStrategy):  # noqa: D101
     __doc__ = LocalSGD.__doc__  # LightningCLI looks for it here
     _made_for = "`lightning`; for `pytorch_lightning` take `lightning_localsgd.pytorch_lightning.LocalSGDStrategy`"
-
-
-def _abort(group: dist.ProcessGroup) -> None:
-    """End what is under way in a group; else the end of this process would wait for it until it times out."""
-    for device in group._device_types:
-        backend = group._get_backend(device)
-        if hasattr(backend, "abort"):
-            backend.abort()
 
 
 def _ddp_options() -> dict[str, Any]:

@@ -94,6 +94,7 @@ class Worker:
             group=group,
             seed=seed,
             device=device,
+            look=self.heed,
         )
         self._optimizer_state = optimizer_state
         self.measured = measured

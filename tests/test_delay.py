@@ -41,14 +41,18 @@ class Synchronizes(Trajectory):
 
 
 class Unfreezes(Regression):
-    """Trains its second layer only from the fifth batch on."""
+    """Trains its second layer only from this batch on."""
+
+    def __init__(self, batch=5):
+        super().__init__()
+        self.batch = batch
 
     def setup(self, stage):
         super().setup(stage)
         self.net[-1].requires_grad_(False)
 
     def on_train_batch_start(self, batch, batch_idx):
-        if batch_idx == 5:
+        if batch_idx == self.batch:
             self.net[-1].requires_grad_(True)
 
     def configure_optimizers(self):
@@ -67,6 +71,15 @@ class Counts(Regression):
         self.steps += 1
         self.seen[self.global_rank] = True
         return super().training_step(batch, batch_idx)
+
+
+class Aliases(Constant):
+    """Has its one weight under two names that are not tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Parameter(torch.zeros(1))
+        self.other.data = self.weight.data
 
 
 class Starts(Callback):
@@ -95,6 +108,13 @@ def many():
         watch, model = Trajectory(), Unfreezes()
         fit(LocalSGDStrategy(3, mean=Mean(delay=2, wire=wire)), model, [14, 14], watch)
         found["unfreezes", wire] = watch.states, state_of(model)
+    for frozen in ("send", "skip"):  # in flight
+        watch, model = Trajectory(), Unfreezes(4)
+        fit(LocalSGDStrategy(3, mean=Mean(delay=2, frozen=frozen)), model, [14, 14], watch)
+        found["in flight", frozen] = watch.states, state_of(model)
+    watch, model = Trajectory(), Aliases()
+    fit(LocalSGDStrategy(3, mean=Mean(delay=2)), model, [8, 8], watch)
+    found["aliases"] = watch.column("weight"), model.weight.item(), model.other.item()
     watch, model = Starts(), Counts()
     fit(LocalSGDStrategy(4, mean=Mean(delay=2)), model, [14, 14], watch)
     found["buffers"] = watch.buffers, state_of(model)
@@ -142,6 +162,21 @@ def test_what_is_unfrozen_starts_equal_on_all_workers(ranks, wire):
     agree = [same([a, b]) for a, b in zip(one, other, strict=True)]
     assert agree == [step == 6 for step in range(1, 15)]
     assert same([end, other_end])
+
+
+def test_what_is_unfrozen_in_flight_lands_with_the_rest(ranks):
+    (one, end), (other, other_end) = (found["in flight", "send"] for found in ranks)
+    (same_one, same_end), (same_other, _) = (found["in flight", "skip"] for found in ranks)
+    for a, b in zip([*one, *other, end, other_end], [*same_one, *same_other, same_end, same_end], strict=True):
+        assert same([a, b])
+    assert same([end, other_end])
+
+
+def test_two_names_of_one_memory(ranks):
+    assert [found["aliases"] for found in ranks] == [
+        ([-1, -2, -3, -4, -6.5, -7.5, -8.5, -11], -12, -12),
+        ([-2, -4, -6, -8, -8.5, -10.5, -12.5, -13], -12, -12),
+    ]
 
 
 def test_buffers_take_their_mean_and_counters_lose_nothing(ranks):
@@ -230,6 +265,7 @@ def test_an_average_of_weights_follows_the_starts_of_rounds():
     ("arguments", "message"),
     [
         ({"period": 4, "mean": Mean(delay=5)}, "`delay` must be at most the period, .*, got 5 with Every"),
+        ({"period": AtEnd(), "mean": Mean(delay=1)}, "`delay` must be 0 with `AtEnd`"),
         ({"period": 1, "mean": Mean(delay=1)}, "`mean` has no effect"),
         ({"period": 1, "mean": Mean(wire="int8")}, "`mean` has no effect"),
         ({"period": 4, "mean": Mean(delay=1), "optimizer_state": "average"}, '`optimizer_state` must be "keep" or'),

@@ -81,12 +81,12 @@ def edges(workers):
         still = x.equal(before)
         x.add_(0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(rank)))
         exchange.average([x], anchor, [1] * workers, 1)
-        memory = [[part.clone() for part in parts] for parts in exchange.state_dict()]
+        memory = [part.clone() for parts in exchange.state_dict().values() for part in parts]
         anchor.take([x])
         target = anchor.values[torch.float32, torch.device("cpu")] + 0.25
         x.copy_(target if rank else torch.full_like(x, torch.nan))
         exchange.average([x], anchor, [0] + [1] * (workers - 1), 2)
-        kept = not memory or torch.equal(exchange.state_dict()[0][0], memory[0][0])
+        kept = not memory or torch.equal(exchange.state_dict()["torch.float32"][0], memory[0])
         # A mean that is not finite stops all.
         x.copy_(anchor.values[torch.float32, torch.device("cpu")])
         x[5] = torch.inf
@@ -120,7 +120,7 @@ def memories(workers):
     anchor, exchange = Anchor([("x", x, [x])]), Exchange(Mean(0.5, wire="int4"), rank, workers)
     x.add_(torch.randn(50_000, generator=torch.Generator().manual_seed(rank)))
     exchange.average([x], anchor, [1] * workers, 0)
-    ((own, owned),) = exchange.state_dict()
+    ((own, owned),) = exchange.state_dict().values()
     return own.count_nonzero().item(), len(own), own.abs().max().item(), owned.count_nonzero().item(), len(owned)
 
 
@@ -131,3 +131,30 @@ def test_both_roundings_are_remembered():
         assert largest < 1
         assert 50_000 / 4 <= owned < 1.05 * 50_000 / 4
         assert owned_filled > 0.9 * 50_000 / 4
+
+
+def other_parameters(workers):
+    rank = join(workers)
+    exchange, random = Exchange(Mean(wire="int4"), rank, workers), torch.Generator().manual_seed(rank)
+    a, b, c = (torch.zeros(256) for _ in range(3))
+
+    def average(named):
+        anchor = Anchor([(name, x, [x]) for name, x in named.items()])
+        for x in named.values():
+            x.add_(torch.randn(256, generator=random))
+        exchange.average(list(named.values()), anchor, [1] * workers, 0)
+        return exchange.memory(anchor, (torch.float32, a.device)), anchor
+
+    (first, _), _ = average({"a": a, "b": b})
+    of_b = first[256:].clone()
+    anchor = Anchor([("b", b, [b]), ("c", c, [c])])
+    own, owned = exchange.memory(anchor, (torch.float32, a.device))
+    return own[:256].equal(of_b), of_b.abs().max().item(), own[256:].abs().max().item(), owned.abs().max().item()
+
+
+def test_what_was_left_out_stays_with_its_parameter():
+    for stays, was, of_new, owned in run_workers(other_parameters, 2, 2):
+        assert stays
+        assert was > 0
+        assert of_new == 0
+        assert owned == 0

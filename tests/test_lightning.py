@@ -128,8 +128,6 @@ INHERITED = {"_ddp_kwargs", "_layer_sync", "_timeout", "_setup_model", "_process
 # Python's, torch's and torchmetrics'.
 NOT_LIGHTNINGS = {
     "_asdict",
-    "_device_types",
-    "_get_backend",
     "_getframe",
     "_replace",
     "_version",

@@ -104,6 +104,10 @@ CASES = {
         Case(mean=Mean(wire="int4", delay=2), outer=DiLoCo(), epochs=2),
         {"every_n_train_steps": 1},
     ),
+    "int8 after a warm-up": (
+        Case(period=PostLocal(3, then=4), mean=Mean(wire="int8", delay=2), kind="norm", epochs=2),
+        {"every_n_train_steps": 2},
+    ),
     "int8 with noise, in small buckets": (
         Case(mean=Mean(wire="int8", rounding="stochastic"), bucket_mb=2**-9, optimizer="momentum"),
         {"every_n_train_steps": 3},
