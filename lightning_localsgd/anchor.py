@@ -87,6 +87,18 @@ class Anchor:
         for line, view in zip(self.lines, views, strict=True):
             self._part(line).copy_(view)
 
+    def fits(self, parameters: Sequence[Trained]) -> bool:
+        """Return whether it can take the values of these parameters, as if it had been made for them."""
+        groups = {
+            place: group
+            for group, places in grouped([view for _, _, (view,) in parameters]).items()
+            for place in places
+        }
+        return [(line.name, line.group, line.shape, line.stride) for line in self.lines] == [
+            (name, groups[place], tuple(tensor.shape), tensor.stride())
+            for place, (name, tensor, _) in enumerate(parameters)
+        ]
+
     @torch.no_grad()
     def distance(self, views: Sequence[Tensor]) -> float:
         """Return how far the parameters have moved."""

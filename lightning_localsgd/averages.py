@@ -69,6 +69,7 @@ class Averages:
         self._group = group
         self._device = device
         self.flight: Flight | None = None  # the average that has not landed
+        self._landed: Flight | None = None  # the last one, for its memory
 
     def now(self, of: Round, modest: bool) -> tuple[float, float]:
         """Average, and start from there; return how far the replicas had moved apart and together, squared."""
@@ -102,7 +103,8 @@ class Averages:
         """Begin to average the replicas as they are now."""
         assert self.flight is None
         trained, rest = self._replica.trained(), self._replica.rest()
-        flight = Flight(trained, rest, len(self._replica.buffers()), self._mean.delay, of)
+        flight = Flight(trained, rest, len(self._replica.buffers()), self._mean.delay, of, self._landed)
+        self._landed = None
 
         def average(views: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
             self._average(views, of, modest, group=self._group)
@@ -128,6 +130,7 @@ class Averages:
         trained = [piece for _, _, pieces in self._replica.trained() for piece in pieces]
         with flight.landing(trained, self._replica.rest(), keep=not flight.of.left_out):
             at_start()
+        self._landed = flight
         return apart, together
 
     def _capacity(self, kind: Group) -> int:
@@ -145,7 +148,7 @@ class Averages:
         """Begin anew, when what is under way has arrived; all workers together."""
         if self.flight is not None:
             self.flight.arrive()
-        self.flight = None
+        self.flight = self._landed = None
         if self._exchange is not None:
             self._exchange.forget()
 

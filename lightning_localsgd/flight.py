@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_localsgd.anchor import Anchor, Trained
+from lightning_localsgd.mean import CHUNK
 
 
 class Flight:
@@ -20,11 +21,26 @@ class Flight:
         buffers: how many of these, the last ones, are of buffers.
         steps: until it lands.
         of: what is known of the round.
+        last: a flight that has landed, whose memory this one may take over: new memory costs more than filling it.
     """
 
-    def __init__(self, trained: Sequence[Trained], rest: Sequence[Tensor], buffers: int, steps: int, of: Any) -> None:
-        self.own = Anchor(trained)  # this worker's values at the end of the round
-        self.mean = Anchor(trained)  # the same, and then their mean
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        rest: Sequence[Tensor],
+        buffers: int,
+        steps: int,
+        of: Any,
+        last: "Flight | None" = None,
+    ) -> None:
+        if last is not None and last.own.fits(trained):
+            self.own, self.mean = last.own, last.mean
+            views = [view for _, _, (view,) in trained]
+            self.own.take(views)
+            self.mean.take(views)
+        else:
+            self.own = Anchor(trained)  # this worker's values at the end of the round
+            self.mean = Anchor(trained)  # the same, and then their mean
         self.steps = steps
         self.of = of
         self.seconds = 0.0  # that it has taken this worker's own time so far
@@ -94,15 +110,18 @@ class Flight:
         first = len(views) + self._first_buffer
         views = [*views, *rest]
         with torch.profiler.record_function("localsgd::apply"), torch.no_grad():
-            for place, (x, start, s) in enumerate(zip(views, starts, own, strict=True)):
-                if not keep or x.dtype == torch.bool or (place >= first and x.is_floating_point()):
-                    s.copy_(start)
-                else:
-                    wide = s.dtype if s.is_floating_point() else torch.int64
-                    x_, s_, start_ = x.to(wide), s.to(wide), start.to(wide)
-                    # Who has not moved is at the start, and where the start is s nothing changes, bit for bit.
-                    s.copy_(torch.where(x_ == s_, start_, x_ + (start_ - s_)))
-                x.copy_(start)
+            for place, views_ in enumerate(zip(views, starts, own, strict=True)):
+                buffer = place >= first and views_[0].is_floating_point()
+                # Part by part, as large as the cache: a third of the time.
+                for x, start, s in zip(*(torch.split(view, CHUNK) for view in views_), strict=True):
+                    if not keep or x.dtype == torch.bool or buffer:
+                        s.copy_(start)
+                    else:
+                        wide = s.dtype if s.is_floating_point() else torch.int64
+                        x_, s_, start_ = x.to(wide), s.to(wide), start.to(wide)
+                        # Who has not moved is at the start, and where the start is s nothing changes, bit for bit.
+                        s.copy_(torch.where(x_ == s_, start_, x_ + (start_ - s_)))
+                    x.copy_(start)
         yield
         with torch.no_grad():
             torch._foreach_copy_(views, own)
