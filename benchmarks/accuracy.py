@@ -165,10 +165,11 @@ def measure(mbit: float, seeds: Sequence[int], rates: Sequence[float], epochs: i
         lab.shape(10_000)
         run(pipes, DDP, rates[0], 0, 1)  # starts the process group, warms up
         for way in WAYS:
-            for rate in rates:
+            for rate in rates if len(rates) > 1 else ():
                 finals[way][rate] = mean(run(pipes, way, rate, seed, epochs).accuracies[-1] for seed in seeds)
-            print(f"{way}: " + ", ".join(f"{100 * of:.2f} % at {rate}" for rate, of in finals[way].items()), flush=True)
-        chosen = {way: max(rates, key=finals[way].__getitem__) for way in WAYS}
+            if finals[way]:
+                print(f"{way}: " + ", ".join(f"{100 * of:.2f} % at {at}" for at, of in finals[way].items()), flush=True)
+        chosen = {way: max(rates, key=lambda rate: finals[way].get(rate, 0.0)) for way in WAYS}
         lab.shape(mbit)
         for seed in seeds:
             for way in random.sample(list(WAYS), len(WAYS)):
@@ -223,12 +224,13 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, default=100, help="of each link, in Mbit/s")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates; one is just taken")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, 4 epochs, no picture")
     args = parser.parse_args()
     if lacks := missing():
         print(f"skipped: {lacks}")
         return
-    seeds, rates, epochs = range(args.seeds), RATES, args.epochs
+    seeds, rates, epochs = range(args.seeds), args.rates, args.epochs
     if args.quick:
         seeds, rates, epochs = range(1), (0.1,), 4
     chosen, runs = measure(args.mbit, seeds, rates, epochs)
