@@ -60,6 +60,7 @@ class Cost(NamedTuple):
 
     seconds: float
     bytes: float
+    cpu: float = 0.0  # seconds of all threads of this process
 
 
 def bits(wire: str) -> float:
@@ -232,13 +233,13 @@ class Stopwatch(Callback):
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
-        self.start = self.end = (0.0, 0)
+        self.start = self.end = (0.0, 0, 0.0)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self.first:
-            self.start = time.perf_counter(), sent()
+            self.start = time.perf_counter(), sent(), time.process_time()
         if trainer.global_step == self.last:
-            self.end = time.perf_counter(), sent()
+            self.end = time.perf_counter(), sent(), time.process_time()
 
 
 Way = str | tuple[str, int]  # or wire and delay
@@ -293,8 +294,8 @@ def measure_training(
             for _ in range(repeats[mbit]):
                 for way in random.sample(ways, len(ways)):
                     steps = max(4, round(mbit / 10)) if way == DDP else rounds * PERIOD
-                    seconds, bytes_ = zip(*ask(pipes, (way, min(steps, rounds * PERIOD)), timeout=600), strict=True)
-                    costs[mbit, way].append(Cost(max(seconds), max(bytes_)))
+                    found = ask(pipes, (way, min(steps, rounds * PERIOD)), timeout=600)
+                    costs[mbit, way].append(Cost(*(max(of) for of in zip(*found, strict=True))))
         for pipe in pipes:
             pipe.send(None)
     return costs
@@ -308,8 +309,11 @@ def share(costs: dict[tuple[float, Way], list[Cost]], mbit: float, way: Way) -> 
 
 def table_of_training(costs: dict[tuple[float, Way], list[Cost]], ways: Sequence[Way]) -> str:
     speeds = list(dict.fromkeys(mbit for mbit, _ in costs))
-    columns = "".join(f" {mbit:g} Mbit/s: ms a step | share of the ceiling | lowest to highest |" for mbit in speeds)
-    lines = [f"| |{columns} MB sent a step |", "|" + "---|" * (3 * len(speeds) + 2)]
+    columns = "".join(
+        f" {mbit:g} Mbit/s: ms a step | share of the ceiling | lowest to highest | CPU time / the ceiling's |"
+        for mbit in speeds
+    )
+    lines = [f"| |{columns} MB sent a step |", "|" + "---|" * (4 * len(speeds) + 2)]
     for way in ways:
         name = way if isinstance(way, str) else f"{way[0]}, " + (f"delay {way[1]}" if way[1] else "blocking")
         line = f"| {name} |"
@@ -318,6 +322,8 @@ def table_of_training(costs: dict[tuple[float, Way], list[Cost]], ways: Sequence
             shares = [ceiling.seconds / cost.seconds for ceiling, cost in pairs]
             seconds = median(cost.seconds for cost in costs[mbit, way])
             line += f" {1000 * seconds:.1f} | {median(shares):.3f} | {min(shares):.3f} to {max(shares):.3f} |"
+            work, least = (median(cost.cpu for cost in costs[mbit, of]) for of in (way, CEILING))
+            line += f" {work / least:.3f} |"
         lines.append(f"{line} {median(cost.bytes for cost in costs[speeds[0], way]) / 1e6:.3f} |")
     for mbit in speeds:
         ceiling, whole = (median(c.seconds for c in costs[mbit, way]) for way in (CEILING, ("float32", 0)))

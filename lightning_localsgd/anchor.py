@@ -90,6 +90,15 @@ class Anchor:
         for line, view in zip(self.lines, views, strict=True):
             self._part(line).copy_(view)
 
+    def fits(self, parameters: Sequence[Trained]) -> bool:
+        """Return whether it can take the values of these parameters, as if it had been made for them."""
+        views = [view for _, _, (view,) in parameters]
+        groups = {place: group for group, places in grouped(views).items() for place in places}
+        return [(line.name, line.group, line.shape, line.stride, line.dtype) for line in self.lines] == [
+            (name, groups[place], tuple(tensor.shape), tensor.stride(), views[place].dtype)
+            for place, (name, tensor, _) in enumerate(parameters)
+        ]
+
     @torch.no_grad()
     def distance(self, views: Sequence[Tensor]) -> float:
         """Return how far the parameters have moved."""

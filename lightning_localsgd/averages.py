@@ -79,6 +79,7 @@ class Averages:
         self._stream: torch.cuda.Stream | None = None  # of averages in the background, on a GPU
         self._look = look
         self.flight: Flight | None = None  # the average that has not landed
+        self._landed: Flight | None = None  # the last one, for its memory
 
     def begin_round(self) -> None:
         """The next round begins, with the trained parameters as they are."""
@@ -132,7 +133,8 @@ class Averages:
         """Begin to average the replicas as they are now."""
         assert self.flight is None
         rest, buffers = self._replica.named_rest(), self._replica.named_buffers()
-        flight = Flight(self._replica.trained(), rest, buffers, self._mean.delay, of)
+        flight = Flight(self._replica.trained(), rest, buffers, self._mean.delay, of, self._landed)
+        self._landed = None
 
         def average(views: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
             self._average(views, of, modest, group=self._group)
@@ -167,6 +169,7 @@ class Averages:
         now = self._replica.named()
         with flight.landing(trained, [now[name] for name in flight.rest], keep=not flight.of.left_out):
             at_start()
+        self._landed = flight
         return squares
 
     def _capacity(self, kind: Group) -> int:
@@ -188,7 +191,7 @@ class Averages:
 
     def rest(self) -> None:
         """Let go of the memory, without waiting for anything."""
-        self.flight = None
+        self.flight = self._landed = None
         if self._exchange is not None:
             self._exchange.forget()
 

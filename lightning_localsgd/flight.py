@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_localsgd.anchor import Anchor, Line, Trained
+from lightning_localsgd.mean import CHUNK
 
 _LISTEN = 1.0  # seconds in which a wait is deaf to Ctrl-C, and to what others have left in writing
-_CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
 
 
 class Flight:
@@ -23,13 +23,24 @@ class Flight:
         buffers: the names of those that are of buffers.
         steps: until it lands.
         of: what is known of the round.
+        last: a flight that has landed, whose memory this one may take over: new memory costs more than filling it.
     """
 
     def __init__(
-        self, trained: Sequence[Trained], rest: Mapping[str, Tensor], buffers: Collection[str], steps: int, of: Any
+        self,
+        trained: Sequence[Trained],
+        rest: Mapping[str, Tensor],
+        buffers: Collection[str],
+        steps: int,
+        of: Any,
+        last: "Flight | None" = None,
     ) -> None:
-        self.own = Anchor(trained)  # this worker's values at the end of the round
-        self.mean = Anchor(trained)  # the same, and then their mean
+        reuse = last if last is not None and last.own.fits(trained) else None
+        self.own: Anchor = Anchor(trained) if reuse is None else reuse.own  # this worker's values at the round's end
+        self.mean: Anchor = Anchor(trained) if reuse is None else reuse.mean  # the same, and then their mean
+        if reuse is not None:
+            for anchor in (self.own, self.mean):
+                anchor.take([view for _, _, (view,) in trained])
         self.steps = steps
         self.of = of
         self.seconds = 0.0  # that it has taken this worker's own time so far
@@ -121,7 +132,7 @@ class Flight:
                 if not keep or x.dtype == torch.bool or (is_buffer and x.is_floating_point()):
                     s.copy_(start)
                 else:
-                    for parts in zip(*(torch.split(all_, _CHUNK) for all_ in (x, s, start)), strict=True):
+                    for parts in zip(*(torch.split(all_, CHUNK) for all_ in (x, s, start)), strict=True):
                         _go_on(*parts)
             torch._foreach_copy_(views, starts)
         yield

@@ -15,7 +15,7 @@ from lightning_localsgd.header import explained
 from lightning_localsgd.wire import FORMATS, WireName
 
 Group = tuple[torch.dtype, torch.device]
-_CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
+CHUNK = 1 << 16  # elements worked on at a time: small enough for the cache and to cost no memory
 _LEAST = 4 << 20  # bytes of a bucket below which more of them would cost more than they hide
 
 
@@ -335,7 +335,7 @@ def share(x: Tensor, count: int, index: int, modest: bool = False) -> None:
         modest: whether the square of every element is known to be finite, which saves a look at them.
     """
     huge = torch.finfo(x.dtype).max / 4  # from here on sums in `_share` could overflow
-    for part in torch.split(x, _CHUNK):
+    for part in torch.split(x, CHUNK):
         if modest or all(-huge < end < huge for end in part.aminmax()):
             part.copy_(_share(part, count, index))
         else:
