@@ -147,10 +147,14 @@ def interrupt(lab: Cluster, plan: Plan, folder: Path) -> Outcome:
     return outcome
 
 
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+
+
 def _file(lab: Cluster, job: int, path: Path) -> str | None:
     """Wait for a file, and return what is in it, or None if the job ends without it."""
+    deadline = time.monotonic() + 240
     while (text := _read(path)) is None:
-        if lab.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+        if lab.state(job) in _ENDED or time.monotonic() > deadline:  # not "PREEMPTED", in which a job is for a moment
             return None
         time.sleep(0.3)
     return text
