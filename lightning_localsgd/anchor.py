@@ -89,11 +89,9 @@ class Anchor:
 
     def fits(self, parameters: Sequence[Trained]) -> bool:
         """Return whether it can take the values of these parameters, as if it had been made for them."""
-        groups = {
-            place: group
-            for group, places in grouped([view for _, _, (view,) in parameters]).items()
-            for place in places
-        }
+        require_whole(parameters)
+        found = grouped([view for _, _, (view,) in parameters])
+        groups = {place: group for group, places in found.items() for place in places}
         return [(line.name, line.group, line.shape, line.stride) for line in self.lines] == [
             (name, groups[place], tuple(tensor.shape), tensor.stride())
             for place, (name, tensor, _) in enumerate(parameters)

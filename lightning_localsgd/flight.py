@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,16 +31,10 @@ class Flight:
         buffers: int,
         steps: int,
         of: Any,
-        last: "Flight | None" = None,
+        last: Self | None = None,
     ) -> None:
-        if last is not None and last.own.fits(trained):
-            self.own, self.mean = last.own, last.mean
-            views = [view for _, _, (view,) in trained]
-            self.own.take(views)
-            self.mean.take(views)
-        else:
-            self.own = Anchor(trained)  # this worker's values at the end of the round
-            self.mean = Anchor(trained)  # the same, and then their mean
+        self.own: Anchor = _copy(trained, last.own if last else None)  # this worker's values at the end of the round
+        self.mean: Anchor = _copy(trained, last.mean if last else None)  # the same, and then their mean
         self.steps = steps
         self.of = of
         self.seconds = 0.0  # that it has taken this worker's own time so far
@@ -140,3 +134,10 @@ class Flight:
 
     def _values(self) -> list[Tensor]:
         return [*self.own.values.values(), *self.mean.values.values(), *self._rest, *self._rest_mean]
+
+
+def _copy(trained: Sequence[Trained], old: Anchor | None) -> Anchor:
+    if old is None or not old.fits(trained):
+        return Anchor(trained)
+    old.take([view for _, _, (view,) in trained])
+    return old
