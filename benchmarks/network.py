@@ -175,8 +175,8 @@ def measure_averages(
             lab.shape(mbit)
             for _ in range(repeats[mbit]):
                 for what, wire in random.sample(turns, len(turns)):
-                    seconds, bytes_ = zip(*ask(pipes, (what, wire), timeout=600), strict=True)
-                    costs[mbit, what, wire].append(Cost(max(seconds), max(bytes_)))
+                    found = ask(pipes, (what, wire), timeout=600)
+                    costs[mbit, what, wire].append(Cost(*(max(of) for of in zip(*found, strict=True))))
         for pipe in pipes:
             pipe.send(None)
     return costs
