@@ -9,10 +9,11 @@ directions); one worker of one thread a host. All that is compared takes turns i
    *Time* is relative to plain TCP streams in Python between the same hosts, each sending the next one as many bytes as
    the theory says that a worker sends, 2 (N - 1) / N of the model in the wire's bits and scales, in both directions of
    each link at once. *Bytes* that a host sends, by the kernel's counter, are relative to a bare `all_reduce` of the
-   same payload (float32, and 16 bits), and to that of float32. Replicas must be equal bit for bit afterwards.
+   same payload (float32, and 16 bits), and to those of float32. Replicas must be equal bit for bit afterwards.
 2. Training with rounds of 32 steps, of a model whose blocking average in float32 takes 20 to 30 local steps at
    100 Mbit/s: speed as a share of the ceiling (the same run, two workers at once, without averages), for DDP and for
-   each wire, blocking and with a delay of 31 steps; and the bytes that a host sends for a step.
+   each wire, blocking and with a delay of 31 steps; CPU time of a worker, threads of Gloo included, beside the
+   ceiling's, which other jobs on the machine disturb less; and the bytes that a host sends for a step.
 
 Prints tables, which `docs/performance.md` shows, and writes the picture `docs/network.png`.
 
@@ -174,8 +175,8 @@ def measure_averages(
             lab.shape(mbit)
             for _ in range(repeats[mbit]):
                 for what, wire in random.sample(turns, len(turns)):
-                    seconds, bytes_ = zip(*ask(pipes, (what, wire), timeout=600), strict=True)
-                    costs[mbit, what, wire].append(Cost(max(seconds), max(bytes_)))
+                    found = ask(pipes, (what, wire), timeout=600)
+                    costs[mbit, what, wire].append(Cost(*(max(of) for of in zip(*found, strict=True))))
         for pipe in pipes:
             pipe.send(None)
     return costs

@@ -45,8 +45,8 @@ class Mean:
 
     .. math:: x_i \leftarrow a' + (x_i - s_i), \qquad a' = \bar s \text{, or the outer step from } a
 
-    Floating buffers take their mean. It lands earlier if the next round ends before. The last average of ``fit``, that of
-    ``synchronize()``, and that of a round in which parameters were frozen or unfrozen are taken at once.
+    Floating buffers take their mean. It lands earlier if the next round ends before. The last average of ``fit``, that
+    of ``synchronize()``, and that of a round in which parameters were frozen or unfrozen are taken at once.
 
     Args:
         bucket_mb: the most memory that all buckets of an average use at any moment, in MiB (2^20 bytes); above 0.

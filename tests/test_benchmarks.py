@@ -67,11 +67,61 @@ assert table({1: Trained(88, slow), 8: Trained(88, fast)}).splitlines()[2:] == [
 """
 
 
+FAST = """
+import math
+from accuracy import Run, data, time_to
+from accuracy import table as of_accuracy
+from network import CEILING, Cost, row, share, table_of_averages, theory
+
+# Two workers send the model once, four 1.5 times; 128 elements of int8 have a scale of 16 bits, and 64 of int4.
+assert theory(128_000, 2, "float32") == 512_000 and theory(128_000, 4, "float32") == 768_000
+assert theory(128_000, 2, "bfloat16") == 256_000
+assert theory(128_000, 2, "int8") == 130_000 and theory(128_000, 2, "int4") == 68_000
+
+# Ratios are within a repeat, and then their median: 4 / 2, 9 / 3 and 1 / 1.
+costs = {
+    (100.0, "average", "float32"): [Cost(4.0, 100), Cost(9.0, 100), Cost(1.0, 100)],
+    (100.0, "stream", "float32"): [Cost(2.0, 90), Cost(3.0, 90), Cost(1.0, 90)],
+    (100.0, "bare", "float32"): [Cost(2.0, 50), Cost(3.0, 50), Cost(1.0, 50)],
+    (100.0, "average", "int8"): [Cost(1.0, 26), Cost(1.0, 26), Cost(1.0, 26)],
+    (100.0, "stream", "int8"): [Cost(1.0, 25), Cost(0.5, 25), Cost(2.0, 25)],
+}
+assert row(costs, 100.0, "float32") == (4.0, 2.0, 1.0, 100, 2.0, 1.0)
+assert row(costs, 100.0, "int8") == (1.0, 1.0, None, 26, None, 0.26)
+assert table_of_averages(2, costs, ["int8"]).endswith("| 2 | 100 | int8 | 1000 | 1.000 |  | 0.000 |  | 0.2600 |")
+training = {(100, CEILING): [Cost(1.0, 0), Cost(2.0, 0)], (100, ("int8", 0)): [Cost(2.0, 0), Cost(2.0, 0)]}
+assert share(training, 100, ("int8", 0)) == 0.75
+
+# What the end of `fit` takes counts; 0.5 points less than DDP's end is 0.895.
+ddp, ours = Run([10.0, 20.0, 30.0], [0.5, 0.896, 0.9], 0.0, 9.0), Run([1.0, 2.0, 3.0], [0.8, 0.7, 0.895], 0.5, 1.0)
+assert time_to(ours, 0.895) == 3.5 and math.isinf(time_to(ours, 0.91)) and time_to(ddp, 0.895) == 20
+assert of_accuracy({"DDP": 0.2, "ours": 0.1}, {"DDP": [ddp], "ours": [ours]}).splitlines()[2:] == [
+    "| DDP | 0.2 | 90.00 | 20.00 | 1.0; median 1.0 | 30.00 | 9.0 |",
+    "| ours | 0.1 | 89.50 | 3.50 | 5.7; median 5.7 | 3.50 | 1.0 |",
+]
+train, test = data()
+assert (len(train), len(test)) == (1198, 599)
+"""
+
+
+def test_the_parts_of_what_is_measured_on_links():
+    ok(sys.executable, "-c", FAST, cwd=BENCHMARKS)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", ["network", "accuracy"])
+def test_what_is_measured_on_links_runs(script):
+    if not may_make_hosts():
+        pytest.skip("needs root, ip and tc")
+    printed = ok(sys.executable, BENCHMARKS / f"{script}.py", "--quick")
+    assert "float32, delay 31 |" in printed, printed
+
+
 def test_the_parts_without_a_network():
     ok(sys.executable, "-c", PARTS, cwd=BENCHMARKS)
 
 
-@pytest.mark.parametrize("script", ["slow_link", "comm_budget", "paper"])
+@pytest.mark.parametrize("script", ["slow_link", "comm_budget", "paper", "network", "accuracy"])
 def test_a_machine_without_the_tools_is_told_what_they_are(script):
     printed = ok(which("env"), "PATH=/nowhere", sys.executable, BENCHMARKS / f"{script}.py", "--quick")
     assert printed == "skipped: this needs Linux, root, and `ip` and `tc` (Debian: apt-get install iproute2)\n"
