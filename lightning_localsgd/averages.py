@@ -91,12 +91,10 @@ class Averages:
         """Average, and start from there; return how far the replicas had moved."""
         trained, rest = self._replica.trained(), self._replica.rest()
         then = [self._landing.round(of.rates)] if self._landing.is_needed else []
-        looks = (
-            [self._probe.over(self._replica.trained_keys() if trained else self._replica.keys())] if self._probe else []
-        )
+        keys = self._replica.trained_keys() if trained else self._replica.keys()
+        looks = [] if self._probe is None else [self._probe.over(keys)]
         self._average([piece for _, _, pieces in trained for piece in pieces], of, modest, _all(looks + then))
-        if rest and len(of.weights) > 1:
-            self._mean.average(rest, of.weights, self._rank, modest=modest, then=None if trained else _all(looks))
+        self._average_rest(rest, of, modest, then=None if trained else _all(looks))
         return self._seen(*self._landing.finish([parameter for _, parameter, _ in trained]))
 
     def _seen(self, apart: float, together: float) -> Squares:
@@ -127,6 +125,17 @@ class Averages:
         else:
             self._mean.average(views, of.weights, self._rank, modest=modest, first=first, then=then, group=group)
 
+    def _average_rest(
+        self,
+        views: Sequence[Tensor],
+        of: Ending,
+        modest: bool,
+        then: Callable[[Bucket], None] | None = None,
+        group: Any = None,
+    ) -> None:
+        if views and len(of.weights) > 1:
+            self._mean.average(views, of.weights, self._rank, modest=modest, then=then, group=group)
+
     # ------------------------------------------------------------------------------------------------ in the background
 
     def launch(self, of: Ending, modest: bool) -> None:
@@ -138,8 +147,7 @@ class Averages:
 
         def average(views: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
             self._average(views, of, modest, group=self._group)
-            if rest and len(of.weights) > 1:
-                self._mean.average(rest, of.weights, self._rank, modest=modest, group=self._group)
+            self._average_rest(rest, of, modest, group=self._group)
 
         if self._stream is None and self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

@@ -470,6 +470,7 @@ class Worker:
         with self.measured.pause():
             start, flight = time.perf_counter(), self.averages.flight
             squares = self.averages.land(self.at_consensus)
+            self._modest = False  # what the last header looked at is not here any more
             self._restart_states(flight.of)
             seconds = flight.seconds + self._seconds_since(start)  # in which it had to wait
             self.measured.note_average(flight.of.steps, seconds, flight.of.waited, squares)
