@@ -85,7 +85,8 @@ class Worker:
     ) -> None:
         self._header = header
         self.links = links
-        self._reducing = inside, Links(header.rank, header.size)  # whose gradients are averaged later, and at first
+        self._inside = inside
+        self._everyone = Links(header.rank, header.size)
         self.clock = clock
         self.replica = replica
         self.optimizers = optimizers
@@ -139,12 +140,16 @@ class Worker:
     @property
     def averages_gradients(self) -> bool:
         """Whether gradients are averaged in each step: over all ranks, or inside the worker."""
-        return not self.clock.averages_models or self._reducing[0].workers > 1
+        return not self.clock.averages_models or self._has_devices
+
+    @property
+    def _has_devices(self) -> bool:
+        return self._inside.workers > 1
 
     @property
     def group_inside(self) -> Any:
         """The process group of the ranks that hold this replica."""
-        return self._reducing[0].group
+        return self._inside.group
 
     # ----------------------------------------------------------------------------------------------------- the protocol
 
@@ -274,7 +279,7 @@ class Worker:
     def _exchange(self, message: Message) -> Decision:
         try:
             message = replace(message, signals=self._signals.pending)
-            decision = self._header.exchange(message, self.clock.averages_models and self.averages_gradients)
+            decision = self._header.exchange(message, self.clock.averages_models and self._has_devices)
         except ReplicasDiffer as found:  # by all ranks
             descriptions = self._header.gather(self.replica.describe())
             raise other_model(found.one, found.odd, descriptions[found.one], descriptions[found.odd]) from None
@@ -617,8 +622,13 @@ class Worker:
 
     def average(self, weights: Sequence[int], write: bool = True) -> None:
         """Average the replicas that count; without ``write``, only contribute."""
-        if any(weights) and not self.alone:
-            self.mean.average(self.replica.sent(), weights, self.links, write, self._modest)
+        if not any(weights) or self.alone:
+            return
+        sent, buffers = self.replica.sent(), len(self.replica.buffers())
+        # The devices of a node agree on buffers when they step, not between batches that are accumulated.
+        apart = len(sent) - buffers if self._has_devices else len(sent)
+        for tensors, links in ((sent[:apart], self.links), (sent[apart:], self._everyone)):
+            self.mean.average(tensors, weights, links, write, self._modest)
 
     def leave(self) -> None:
         """Say the last word of the fit, and average once more if the replicas are no longer equal."""
@@ -627,11 +637,11 @@ class Worker:
             self.rounds.tell_spread(self.links.of_workers(decision.reports))
             weights = decision.weights
             if any(weights):  # frozen parameters too
-                self.mean.average(self.replica.tensors(), weights, self.links)
+                self.mean.average(self.replica.tensors(), weights, self._everyone)
 
     def average_buffers(self) -> None:
         """Average the buffers of the ranks whose gradients are, which their forward passes have changed; no header."""
-        links = self._reducing[not self.clock.averages_models]
+        links = self._inside if self.clock.averages_models else self._everyone
         if not self.clock.averages_models:
             self.touched = False
         if links.workers > 1:
