@@ -115,7 +115,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ one worker
+# ----------------------------------------------------------------------------------------------------------- one worker
 
 
 class Average(NamedTuple):
@@ -300,7 +300,8 @@ def _manager(job: Job) -> Iterator[Any]:
         replica_id=f"worker{job.rank}",
         hostname=job.address,
     )
-    yield manager
+    with mock.patch("socket.gethostname", return_value=job.address):  # a name that the others can resolve
+        yield manager
     dist.barrier()
     manager.shutdown(wait=False)
     if lighthouse:
@@ -442,9 +443,7 @@ class Way(NamedTuple):
 OURS = "ours"
 WAYS = {
     "DDP": Way(ddp, "gradients, each step"),
-    "Lightning, `model_averaging_period`": Way(
-        partial(by_lightning, forced=False), "parameters, and gradients each step"
-    ),
+    "Lightning, `model_averaging_period`": Way(partial(by_lightning, forced=False), "parameters; gradients, each step"),
     "the same, its hook forced on": Way(partial(by_lightning, forced=True)),
     "torch `PeriodicModelAverager`": Way(periodic),
     "torch `PostLocalSGDOptimizer`": Way(post_local),
@@ -458,15 +457,23 @@ WAYS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def work(
-    pipe: Connection, rank: int, size: int, way: str, networks: Sequence[str], on_hosts: bool, steps: int, memory: bool
+    pipe: Connection,
+    rank: int,
+    size: int,
+    way: str,
+    networks: Sequence[str],
+    on_hosts: bool,
+    steps: int,
+    memory: bool,
 ) -> None:
     """Train each network by a way: send the process's number, and for each a note, or what went wrong."""
     os.setpgid(0, 0)
     pipe.send(os.getpid())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what goes wrong is sent
     if memory:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: what is freed goes back to the system
             ctypes.CDLL(None).mallopt(option, 1 << 17)
@@ -542,7 +549,7 @@ def _absent(way: str) -> str | None:
     return f"not installed: {reason.read_text()}" if reason.exists() else None
 
 
-# --------------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- results
 
 
 class Row(NamedTuple):
@@ -612,7 +619,7 @@ def table(size: int, costs: Costs, networks: Sequence[str]) -> str:
     for network in networks:
         lines += [
             f"\n{network}, {size} workers\n",
-            "| | averages | s | blocked, ms | average, ms | / fastest | MB | MiB | spread (of buffers) | accuracy, % |",
+            "| | means of | s | blocked, ms | average, ms | / fastest | MB | MiB | spread (buffers) | accuracy, % |",
             "|" + "---|" * 10,
         ]
         for way in WAYS:
@@ -696,7 +703,7 @@ def main() -> None:
     lacks = missing()
     print(f"on the loopback device, bytes are not counted: {lacks}" if lacks else f"links of {args.mbit:g} Mbit/s")
     preload = ["lightning.pytorch", "torchmetrics", "sklearn.datasets", "lightning_localsgd", "accelerate.local_sgd"]
-    processes._CONTEXT.set_forkserver_preload([*preload, "torchft", "fairscale.experimental.nn.data_parallel"])
+    processes._CONTEXT.set_forkserver_preload([*preload, "torchft.local_sgd"])
     found = {}
     for size in args.workers:
         start = time.perf_counter()

@@ -2,17 +2,17 @@
 
     sudo python benchmarks/scale.py
 
-Hosts are network namespaces joined by a bridge, one worker of one thread each, with links of 20 Mbit/s: so slow that the
-links and not the cores, which all share, decide. Measured is a blocking average in float32 as a round takes it, of four
-sizes of model, and the header before it (an `all_gather` of a few numbers), in turns; medians count, of the slowest
-worker. Gloo sends in a ring. Two numbers, seconds a message and seconds a byte, are fitted to all measurements of
-averages by least squares of the relative error:
+Hosts are network namespaces joined by a bridge, one worker of one thread each, with links of 20 Mbit/s: so slow that
+the links and not the cores, which all share, decide. Measured is a blocking average in float32 as a round takes it, of
+four sizes of model, and the header before it (an `all_gather` of a few numbers), in turns; medians count, of the
+slowest worker. Gloo sends in a ring. Two numbers, seconds a message and seconds a byte, are fitted to all measurements
+of averages by least squares of the relative error:
 
     ring:  T = alpha 2 (N - 1) + beta 2 (N - 1) / N P        header:  T = alpha (N - 1)
 
 How well they fit is shown for each measurement, and how well the fit to fewer workers than 16 predicts 16. For 64 to
-4,096 workers they predict the ring, and two pipelined binary trees (Sanders, Speck, Traeff, Parallel Computing 35, 2009;
-NCCL has them, Gloo has not), which nobody measured here:
+4,096 workers they predict the ring, and two pipelined binary trees (Sanders, Speck, Traeff, Parallel Computing 35,
+2009; NCCL has them, Gloo has not), which were not measured here:
 
     tree:  T = alpha 2 log2 N + beta 2 P
 
@@ -49,23 +49,25 @@ Times = dict[tuple[int, float], list[float]]  # seconds, by workers and MB
 
 
 def work(pipe: Connection, rank: int, size: int) -> None:
-    """Average as the parent says, time after time: receives MB, sends the seconds."""
+    """Average as the parent says, time after time: receives MB, sends the seconds of an average."""
     dist.init_process_group("gloo", rank=rank, world_size=size)
     header = torch.zeros(32)
     headers = [torch.empty_like(header) for _ in range(size)]
     while (megabytes := pipe.recv()) is not None:
         tensors = list(torch.full((round(megabytes * 1e6 / 4),), float(rank)).tensor_split(10))
-        for _ in range(2):  # the first one uses up what the shaper has let gather
-            dist.barrier()
-            start = time.perf_counter()
+        turns = 20 if megabytes == HEADER else math.ceil(0.5 / megabytes)
+        for turn in range(turns + 1):
+            if turn <= 1:  # the first one uses up what the shaper has let gather; then many small ones in a row
+                dist.barrier()
+                start = time.perf_counter()
             if megabytes == HEADER:
                 dist.all_gather(headers, header)
             else:
                 Mean().average(tensors, [1] * size, rank, modest=True)
-            seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         if megabytes and abs(float(tensors[0][0]) - (size - 1) / 2) > 1e-5:
             raise RuntimeError("The mean is wrong.")
-        pipe.send(seconds)
+        pipe.send(seconds / turns)
     dist.destroy_process_group()
 
 
@@ -210,18 +212,18 @@ def draw(times: Times, of: Fit, predicted: Sequence[float], latencies: Sequence[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[0.05, 0.25, 1, 4], help="of the models measured")
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[0.01, 0.1, 1, 4], help="of the models measured")
     parser.add_argument("--mbit", type=float, default=20, help="of the links, in Mbit/s")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--predict", type=float, nargs="+", default=[4, 400], help="MB of the models predicted")
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 10], help="ms added to each message")
-    parser.add_argument("--quick", action="store_true", help="2, 3 and 4 workers, 0.05 and 0.5 MB, once, no picture")
+    parser.add_argument("--quick", action="store_true", help="2, 3 and 4 workers, 0.01 and 0.5 MB, once, no picture")
     args = parser.parse_args()
     if lacks := missing():
         print(f"skipped: {lacks}")
         return
     if args.quick:
-        args.workers, args.megabytes, args.repeats = [2, 3, 4], [0.05, 0.5], 1
+        args.workers, args.megabytes, args.repeats = [2, 3, 4], [0.01, 0.5], 1
     times = measure(args.workers, [HEADER, *args.megabytes], args.mbit, args.repeats)
     found = fit({place: median(values) for place, values in times.items()})
     print(f"{table_of_fit(times, found, args.mbit)}\n\n{table_of_many(found, args.predict, args.latency)}")
