@@ -114,9 +114,9 @@ class Fit(NamedTuple):
 def fit(seconds: dict[tuple[int, float], float]) -> Fit:
     """Return the numbers, none below 0, with which the squares of the relative errors of averages are the least."""
     places = [(size, megabytes) for size, megabytes in seconds if megabytes != HEADER]
-    rows = [[2 * (n - 1), 2 * (n - 1) / n * mb * 1e6] for n, mb in places]
-    scaled = torch.tensor(rows, dtype=torch.float64) / torch.tensor([[seconds[of]] for of in places])
-    scale = scaled.amax(0)
+    rows = [[2 * (n - 1) / seconds[n, mb], 2 * (n - 1) / n * mb * 1e6 / seconds[n, mb]] for n, mb in places]
+    scaled = torch.tensor(rows, dtype=torch.float64)
+    scale = scaled.amax(0)  # the two columns differ by a factor of many thousand
     found = torch.linalg.lstsq(scaled / scale, torch.ones(len(places), 1, dtype=torch.float64)).solution[:, 0] / scale
     if found[0] < 0:  # bytes alone
         found = torch.tensor([0.0, float(scaled[:, 1].sum() / (scaled[:, 1] ** 2).sum())])
