@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
@@ -147,6 +148,7 @@ class Rest:
         self._base = 0  # Lightning's count of the batches of this epoch, when its data were dealt last ...
         self._stepped = 0  # ... and when this worker's optimizers have stepped last
         self._in_batch = False  # it has been begun, and not been counted for the loggers yet
+        self.ahead = int(self._state.get("ahead", 0))  # steps, as :func:`_lightning.steps_ahead` counts them
         self._is_first = True  # no epoch has begun in this fit
         self._resumes = False  # an epoch is being taken up, and has had no batch since
         self._source: _Source | str = "no loader is known"  # or why the rest of its epoch cannot be dealt
@@ -191,8 +193,8 @@ class Rest:
 
     @property
     def goes_on(self) -> bool:
-        """Whether what is left of an epoch is dealt, or will be."""
-        return self._exact is None and "cuts" in self._state and isinstance(self._source, _Source)
+        """Whether an epoch is gone on with what is left of it, or it is said here why not."""
+        return self._exact is None and bool({"cuts", "why_not"} & self._state.keys())
 
     def restart(self) -> None:
         """What has been since the fit began does not count: the epoch that comes is the first."""
@@ -201,9 +203,19 @@ class Rest:
     def starts_epoch(self) -> bool:
         """An epoch begins or is taken up; its hooks have not been called. Return whether there is one."""
         first, self._is_first = self._is_first, False
+        there_is_one = self._takes_up() if first else self._begins()
+        if first and self._state and self._exact is None:
+            self.ahead = _lightning.steps_ahead(self._trainer)
+        return there_is_one
+
+    def _begins(self) -> bool:
         self._cuts, self._base, self._stepped, self._in_batch = [], 0, 0, False
+        return True
+
+    def _takes_up(self) -> bool:
+        self._begins()
         state, source = self._state, self._source
-        if not first or state.keys() == {"epoch"} or not state:
+        if not {"cuts", "why_not"} & state.keys():  # an epoch begins
             return True
         if self._is_over:
             return _lightning.begins_next_epoch(self._trainer, steps_schedulers=False)
@@ -217,7 +229,8 @@ class Rest:
         if not (isinstance(source, _Source) and "cuts" in state):
             why = state.get("why_not", source)
             rank_zero_warn(
-                f"Of the epoch that is gone on with, samples may be repeated and as many left out, because {why}."
+                f"In the epoch that is gone on with, samples may be repeated and as many left out, because {why}.",
+                category=PossibleUserWarning,  # as Lightning's own, which knows no reason and is left out
             )
             return True
         self._stepped = self._base
@@ -257,14 +270,15 @@ class Rest:
         trainer, source = self._trainer, self._source
         epoch, done = _lightning.epoch(trainer), _lightning.batches(trainer)
         if not _lightning.in_epoch(trainer):
-            return {"epoch": epoch}
+            return {"epoch": epoch, "ahead": self.ahead}
         if not isinstance(source, _Source):
-            return {"epoch": epoch, "why_not": source}
+            return {"epoch": epoch, "ahead": self.ahead, "why_not": source}
         sampler = source.sampler
         order = {"epoch": sampler.epoch, "seed": sampler.seed, "shuffle": int(sampler.shuffle)}
         if self._cuts:  # the order is that of the run that began the epoch
             order = {name: self._state[name] for name in order}
         return order | {
+            "ahead": self.ahead,
             "samples": source.samples,
             "cuts": [list(cut) for cut in self._cuts],
             "had": source.had(self._stepped - self._base, self._cuts),
@@ -284,7 +298,8 @@ class Rest:
         kept = dict(states[source])
         for state in states:
             if "had" not in state:  # if it has no place in an epoch, or none that can be kept, there is none
-                return {"epoch": kept["epoch"]} | {name: state[name] for name in ("why_not",) if name in state}
+                why = {"why_not": state["why_not"]} if "why_not" in state else {}
+                return {"epoch": kept["epoch"], "ahead": kept["ahead"]} | why
         had = [state["had"] for state in states]
         del kept["had"]
         return kept | {"cuts": [*kept["cuts"], had], "over": min(state["over"] for state in states)}
@@ -321,8 +336,10 @@ class _Source:
 
 def why_not(loader: Any, rank: int, workers: int) -> str | None:
     """Return why what is left of a loader's epoch cannot be dealt anew, or None if it can."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return f"a `{type(loader).__name__}` over an iterable dataset has no indices to deal"
+    if not isinstance(loader, DataLoader):
+        return f"a `{type(loader).__name__}` has no indices to deal"
+    if isinstance(loader.dataset, IterableDataset):
+        return f"a `{type(loader.dataset).__name__}` has no indices to deal"
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return f"a `{type(loader).__name__}` keeps a place of its own, which is not that of all workers"
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):

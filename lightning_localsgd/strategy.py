@@ -523,7 +523,7 @@ class LocalSGD(Keeps):
         if not self.rest.starts_epoch():
             return False
         if "steps_left" in self.schedule.needs:
-            self._expected_steps = self.worker.clock.step + _lightning.steps_left(self._trainer)
+            self._expected_steps = self.worker.clock.step + _lightning.steps_left(self._trainer, self.rest.ahead)
         decision = self.worker.ask(Want.EPOCH)
         if not self.worker.clock.averages_models:
             self._require_no_lbfgs()

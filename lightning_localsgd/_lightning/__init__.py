@@ -36,6 +36,7 @@ from lightning_localsgd._lightning.stages import put_between_batches as put_betw
 from lightning_localsgd._lightning.stages import set_batches as set_batches
 from lightning_localsgd._lightning.stages import set_sampler_epochs as set_sampler_epochs
 from lightning_localsgd._lightning.stages import stage as stage
+from lightning_localsgd._lightning.stages import steps_ahead as steps_ahead
 from lightning_localsgd._lightning.stages import steps_left as steps_left
 from lightning_localsgd._lightning.stages import take_up_batch as take_up_batch
 from lightning_localsgd._lightning.stages import take_up_batches as take_up_batches

@@ -153,20 +153,36 @@ def is_last_batch(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
-def steps_left(trainer: Trainer) -> float:
-    """Return how many steps the fit will take from here on, of which the optimizers take one each; or NaN."""
+def steps_left(trainer: Trainer, ahead: int = 0) -> float:
+    """Return how many steps the fit will take from here on, of which the optimizers take one each; or NaN.
+
+    Args:
+        trainer: whose fit it is.
+        ahead: what :func:`steps_ahead` returned when the number of workers changed.
+    """
     if trainer.lightning_module.automatic_optimization:
         try:
             total = trainer.estimated_stepping_batches
         except Exception:  # with `GradientAccumulationScheduler` Lightning refuses to say
             return math.nan
-        done = trainer.global_step
+        done = trainer.global_step - (0 if total == trainer.max_steps else ahead)
     elif trainer.max_steps == -1 and (trainer.max_epochs or -1) > 0:  # `max_steps` counts each optimizer's
         total = trainer.num_training_batches * (trainer.max_epochs or 0)
-        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1 - ahead
     else:
         return math.nan
     return float(total - done) if math.isfinite(total) else math.nan
+
+
+def steps_ahead(trainer: Trainer) -> int:
+    """Return by how much the steps so far are more than they would be with as many workers from the start."""
+    whole, here = trainer.num_training_batches, batches(trainer)
+    if not math.isfinite(whole):
+        return 0
+    if not trainer.lightning_module.automatic_optimization:
+        return int(trainer.fit_loop.epoch_loop.total_batch_idx + 1 - epoch(trainer) * whole - here)
+    accumulate = trainer.accumulate_grad_batches
+    return trainer.global_step - epoch(trainer) * math.ceil(whole / accumulate) - math.ceil(here / accumulate)
 
 
 def fetched(trainer: Trainer) -> tuple[dict[str, Any], str | None]:
