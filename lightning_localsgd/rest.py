@@ -204,7 +204,7 @@ class Rest:
         """An epoch begins or is taken up; its hooks have not been called. Return whether there is one."""
         first, self._is_first = self._is_first, False
         there_is_one = self._takes_up() if first else self._begins()
-        if first and self._state and self._exact is None:
+        if first and self._state and self._exact is None and isinstance(self._source, _Source):
             self.ahead = _lightning.steps_ahead(self._trainer)
         return there_is_one
 

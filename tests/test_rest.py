@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
-from lightning_localsgd import LocalSGDStrategy
+from lightning_localsgd import LocalSGDStrategy, Schedule
 from lightning_localsgd.rest import Deal, count_left, left_over, why_not
 from tests.models import trainer
 from tests.versions import WEIGHTS_ONLY
@@ -134,6 +134,18 @@ class Notes(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]  # each epoch
 
 
+@dataclass(frozen=True)
+class Left(Schedule):
+    """Rounds of 4 steps; notes how many steps are left."""
+
+    needs: ClassVar = frozenset({"steps_left"})
+    noted: ClassVar[list[int]] = []
+
+    def length(self, progress):
+        self.noted.append(progress.steps_left)
+        return 4
+
+
 class Ends(Callback):
     """Ends a turn after so many batches; saves by hand on all ranks, or on rank 0 alone two batches earlier."""
 
@@ -162,7 +174,7 @@ class Case:
     lost: int = 0  # batches after the save, of each worker, or of rank 0 if it alone saves
     left_out: int = 0  # samples at the end of an epoch
     epochs: int = 2
-    period: int = 4
+    period: Any = 4
     grows: int = 0  # samples with each turn
     data: dict[str, Any] = field(default_factory=lambda: {"shuffle": True})
     options: dict[str, Any] = field(default_factory=dict)
@@ -180,6 +192,7 @@ class Turn:
     loss: float  # of all samples in the end
     said: list[str]
     entry: dict[str, Any]  # in the checkpoint it went on from
+    left: list[int]  # steps, at the start of each round
 
 
 def fit(case, turn, folder):
@@ -198,6 +211,7 @@ def fit(case, turn, folder):
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         **({"use_distributed_sampler": True, "max_epochs": case.epochs, "num_sanity_val_steps": 0} | case.options),
     )
+    Left.noted.clear()
     torch.manual_seed(turn)  # which must not matter
     samples = case.samples + turn * case.grows
     loader = DataLoader(Ids(samples), case.batch, **case.data)
@@ -210,7 +224,7 @@ def fit(case, turn, folder):
     with torch.no_grad():
         loss = float(model.loss(next(iter(DataLoader(Ids(samples), samples)))))
     entry = torch.load(resume, weights_only=True)["lightning_localsgd"] if resume else {}
-    return Turn(model.seen, model.began, model.validated, loss, said, entry.get("rest", {}))
+    return Turn(model.seen, model.began, model.validated, loss, said, entry.get("rest", {}), list(Left.noted))
 
 
 def fit_all(cases, turn, folder):
@@ -232,6 +246,7 @@ CASES = {
     "the ends of epochs": Case(stops=(13, 17, 17), epochs=4, saves=1),
     "too little for a batch": Case(samples=52, stops=(1, 1, 1), data={"shuffle": True, "drop_last": True}, left_out=15),
     "validated": Case(options={"val_check_interval": 0.25}),
+    "by the steps that are left": Case(period=Left(), checkpoint="exact"),
     "so many steps": Case(options={"max_steps": 15}, epochs=-1),
     "samplers of their own": Case(options={"use_distributed_sampler": False}, why="but by a `RandomSampler`"),
     "more data": Case(grows=1, why="it had 203 samples and has 204"),
@@ -278,7 +293,7 @@ def test_each_sample_of_an_epoch_once_with_four_three_and_four_workers(name, tur
         assert missing == 0 if not case.left_out else 0 < missing <= case.left_out
         assert kept.total() - len(kept) < 4  # `DistributedSampler`'s padding, where the data of the epoch ends
         twice = everything.total() - kept.total()
-        assert twice <= sum(workers * (case.batch or 1) * case.period for workers in WORKERS[:3])
+        assert twice <= sum(workers * (case.batch or 1) * 4 for workers in WORKERS[:3])
         assert (twice > 0) == (case.lost > 0 and epoch == 0)
 
 
@@ -335,6 +350,14 @@ def test_validations_are_where_they_are_in_an_epoch_with_so_many_workers(turns):
             last = worker.seen[-1]
             due = [(seen.epoch, seen.batch) for seen in worker.seen if (seen.batch + 1) % every == 0 or seen is last]
             assert worker.validated == (due if number < 3 else due[:-1])  # a turn that is stopped ends with one
+
+
+def test_it_is_known_how_many_steps_are_left(turns):
+    whole, rest, exact, end = turns["by the steps that are left"]
+    assert {worker.left[0] for worker in whole} == {2 * 13}
+    assert {worker.left[0] for worker in rest} == {13 + 17}  # it goes on at batch 4 of 17
+    assert {worker.left[0] for worker in exact} == {5 + 17}  # its first round is planned when it is stopped
+    assert {worker.left[0] for worker in end} == {len(end[0].seen)} == {4 + 13}
 
 
 class Stream(IterableDataset):

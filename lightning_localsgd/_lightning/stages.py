@@ -176,7 +176,7 @@ def steps_left(trainer: Trainer, ahead: int = 0) -> float:
 
 def steps_ahead(trainer: Trainer) -> int:
     """Return by how much the steps so far are more than they would be with as many workers from the start."""
-    whole, here = trainer.num_training_batches, batches(trainer)
+    whole, here = trainer.num_training_batches, batches(trainer) if in_epoch(trainer) else 0
     if not math.isfinite(whole):
         return 0
     if not trainer.lightning_module.automatic_optimization:
