@@ -23,13 +23,12 @@ class Tells(Callback):
     """Writes down of each batch by how many workers, at which step, in which epoch, and of which samples it was."""
 
     def __init__(self, folder):
-        restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        self.batches = 0
-        self.file = Path(folder, f"{time.time()}-{os.environ['RANK']}-{restart}-{os.getpid()}").open("w", buffering=1)
+        self.batches, self.path = 0, Path(folder, f"{time.time()}-{os.getpid()}")
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         last = pl_module.seen[-1]
-        print(trainer.world_size, trainer.global_step, last.epoch, *last.ids, file=self.file)
+        with self.path.open("a") as file:
+            print(trainer.world_size, trainer.global_step, last.epoch, *last.ids, file=file)
         self.batches += 1
         alone = trainer.world_size == 1 and self.batches > 10
         time.sleep(0.5 if alone else 0.02)  # until another one comes

@@ -41,7 +41,7 @@ def turns(folder):
 
 def wait(folder, workers, batches):
     """Wait until the newest worker has had so many batches, and is one of so many."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240  # on a machine that does much else
     while True:
         newest = ([turn for turn in turns(folder) if turn] or [[]])[-1]
         if len(newest) >= batches and newest[0][0] == workers:
@@ -51,6 +51,8 @@ def wait(folder, workers, batches):
 
 
 def kill(process):
+    if process.poll() is not None:
+        return
     for pid in [process.pid, *children_of(process.pid)]:  # the agent first, which would tell the others
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -73,7 +75,7 @@ def test_a_worker_is_lost_for_good_and_another_one_comes(tmp_path):
         wait(tmp_path, workers=1, batches=5)
         agents.append(agent(tmp_path, port, "new"))
         wait(tmp_path, workers=2, batches=1)
-        codes = [agents[0].wait(60), agents[2].wait(60)]
+        codes = [agents[0].wait(120), agents[2].wait(120)]
     finally:
         for one in agents:
             kill(one)
