@@ -248,7 +248,7 @@ class LocalSGD(Keeps):
         Replica(self.lightning_module).lines()  # raises if there is a tensor that has no mean
         # Before the optimizers are made: whoever asks `estimated_stepping_batches` there makes the loaders, too.
         self._undo.enter_context(_lightning.attach(trainer, self))
-        stepped = self._part["rest"] if self._part else None
+        stepped = self._part.get("rest", 0) if self._part else None
         self._rest = Rest(trainer, self.global_rank, self.world_size, self._resumed.get("rest"), stepped)
         self._undo.callback(self._rest.leave)
         if self._exact:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_localsgd import LocalSGDStrategy, Schedule
+from lightning_localsgd._lightning import logged_step
 from lightning_localsgd.rest import Deal, count_left, left_over, why_not
 from tests.models import trainer
 from tests.versions import WEIGHTS_ONLY
@@ -97,6 +98,7 @@ class Seen(NamedTuple):
     batch: int  # by Lightning's count
     batches: int  # of this epoch
     step: int
+    logged: int  # what loggers take for the step
     rate: float
     ids: list[int]
 
@@ -120,8 +122,9 @@ class Notes(LightningModule):
 
     def training_step(self, batch, batch_idx):
         rate = self.optimizers().param_groups[0]["lr"]
-        now = self.current_epoch, batch_idx, self.trainer.num_training_batches, self.global_step, rate
-        self.seen.append(Seen(*now, torch.atleast_1d(batch[0]).tolist()))
+        batch_of = self.current_epoch, batch_idx, self.trainer.num_training_batches
+        steps = self.global_step, logged_step(self.trainer)
+        self.seen.append(Seen(*batch_of, *steps, rate, torch.atleast_1d(batch[0]).tolist()))
         return self.loss(batch)
 
     def on_validation_start(self):
@@ -214,7 +217,8 @@ def fit(case, turn, folder):
         **({"use_distributed_sampler": True, "max_epochs": case.epochs, "num_sanity_val_steps": 0} | case.options),
     )
     Left.noted.clear()
-    torch.manual_seed(turn)  # which must not matter
+    os.environ["PL_GLOBAL_SEED"] = str(turn)  # what Lightning's sampler shuffles by; for an epoch that is gone on with,
+    torch.manual_seed(turn)  # neither must matter
     samples = case.samples + turn * case.grows
     own = {}
     if case.in_order:
@@ -239,9 +243,10 @@ def fit_all(cases, turn, folder):
     return {name: fit(case, turn, f"{folder}/{number}") for number, (name, case) in enumerate(cases.items())}
 
 
+PROCESSES = {"shuffle": True, "num_workers": 2}
 CASES = {
     "shuffled": Case(),
-    "loader processes": Case(data={"shuffle": True, "num_workers": 2}),
+    "loader processes": Case(stops=(15, 6, 2), data=PROCESSES),
     "in order, what is not full left out": Case(in_order=True, data={"drop_last": True}, left_out=15),
     "single samples": Case(samples=59, batch=None),
     "exact where it can be": Case(checkpoint="exact"),
@@ -250,7 +255,7 @@ CASES = {
     "accumulated, in the midst of a step": Case(stops=(3, 5, 3), lost=1, options={"accumulate_grad_batches": 2}),
     "saved earlier": Case(stops=(6, 6, 6), saves=4, lost=2),
     "one worker behind": Case(stops=(4, 4, 4), saves="first", lost=2),
-    "the ends of epochs": Case(stops=(13, 17, 17), epochs=4, saves=1),
+    "the ends of epochs": Case(stops=(13, 17, 17), epochs=4, data=PROCESSES),
     "too little for a batch": Case(samples=52, stops=(1, 1, 1), data={"shuffle": True, "drop_last": True}, left_out=15),
     "validated": Case(options={"val_check_interval": 0.25}),
     "by the steps that are left": Case(period=Left(), checkpoint="exact"),
@@ -326,6 +331,7 @@ def test_lightnings_counts_are_those_of_an_epoch_with_so_many_workers(name, turn
             for one, next_one in itertools.pairwise(worker.seen):
                 ends = one.batch + 1 == one.batches
                 assert (next_one.epoch, next_one.batch) == ((one.epoch + 1, 0) if ends else (one.epoch, one.batch + 1))
+            assert all(seen.logged == seen.step for seen in worker.seen)
             assert all(seen.rate == 0.05 * 0.5**seen.epoch for seen in worker.seen)
             began = [seen.epoch for seen in worker.seen if seen.batch == 0]
             assert worker.began == began
