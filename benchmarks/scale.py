@@ -41,6 +41,7 @@ from hosts import hosts, missing
 from workers import ask, workers
 
 from lightning_localsgd import Mean
+from lightning_localsgd.links import Links
 
 PICTURE = Path(__file__).parent.parent / "docs" / "scale.png"
 MANY = (64, 256, 1024, 4096)
@@ -63,7 +64,7 @@ def work(pipe: Connection, rank: int, size: int) -> None:
             if megabytes == HEADER:
                 dist.all_gather(headers, header)
             else:
-                Mean().average(tensors, [1] * size, rank, modest=True)
+                Mean().average(tensors, [1] * size, Links(rank, size), modest=True)
         seconds = time.perf_counter() - start
         if megabytes and abs(float(tensors[0][0]) - (size - 1) / 2) > 1e-5:
             raise RuntimeError("The mean is wrong.")
