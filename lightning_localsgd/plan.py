@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 from lightning_localsgd.wire import FORMATS, WireName
 
-WIRES: tuple[str, ...] = get_args(WireName)
+WIRES: tuple[WireName, ...] = get_args(WireName)
 PERIODS = tuple(2**power for power in range(10))  # 1 is DDP
 TOLERANCE = 0.03  # of the speed, which a shorter period is worth
 _MARGIN = 1.2  # by which a delay is longer than an average takes, since not all take the same time
@@ -39,8 +39,8 @@ class Costs:
 
     steps: tuple[float, ...]
     ddp: float
-    blocking: Mapping[str, float]
-    hidden: Mapping[str, float]
+    blocking: Mapping[WireName, float]
+    hidden: Mapping[WireName, float]
     scaled: frozenset[str] = frozenset()
 
     @property
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
     """How workers train: with a period of 1 as DDP does."""
 
     period: int
-    wire: str = "float32"
+    wire: WireName = "float32"
     delay: int = 0
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ def seconds(costs: Costs, setting: Setting) -> float:
     return costs.step + cost / period
 
 
-def shortest_delay(costs: Costs, period: int, wire: str) -> int:
+def shortest_delay(costs: Costs, period: int, wire: WireName) -> int:
     """Return the steps in which an average travels, at most the period; 0 where a delay gains nothing."""
     if wire not in costs.hidden:
         return 0
@@ -110,7 +110,7 @@ def recommended(costs: Costs) -> Setting:
     return min(good, key=lambda setting: (setting.period, setting.delay > 0, WIRES.index(setting.wire)))
 
 
-def bits(wire: str) -> float:
+def bits(wire: WireName) -> float:
     """Return the bits of an element, with its part of a scale."""
     return 8 * FORMATS[wire].block_bytes / FORMATS[wire].block if wire in FORMATS else 32
 
