@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -385,5 +386,5 @@ def _measured(options: argparse.Namespace, further: Sequence[str]) -> Costs | No
 
 def free(path: Path) -> Path:
     """Return this path, or one like it where no file is."""
-    names = (path.with_stem(f"{path.stem}-{number}") for number in range(1, sys.maxsize))
-    return next(name for name in (path, *names) if not name.exists()) if path.exists() else path
+    others = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(one for one in chain([path], others) if not one.exists())
