@@ -113,6 +113,7 @@ class Watch(Callback):
         self.first, self.last = first, last
         self.start = self.end = math.nan
         self.rounds: list[Round] = []
+        self._batches = 0  # of this epoch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(trainer.strategy, LocalSGD)
@@ -125,7 +126,13 @@ class Watch(Callback):
         if pl_module.automatic_optimization:  # some end with the run, others ask for what a validation has found
             trainer.strategy.lr_scheduler_configs = []
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._batches:  # nor will the next epoch have any
+            trainer.should_stop = True
+        self._batches = 0
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._batches += 1
         assert isinstance(trainer.strategy, LocalSGD)
         step = trainer.strategy.worker.clock.step
         if step == self.first and math.isnan(self.start):

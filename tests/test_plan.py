@@ -35,7 +35,12 @@ DIGITS = ROOT / "configs" / "digits.yaml"
 NUMBERS = ["--workers", "4", "--parameters", "1e6", "--step-seconds", "0.01", "--mbit", "80"]
 # A step of 1 s on the slower one of two workers; averages of 4 s and 1 s, of which 0.5 and 0.25 cannot be hidden.
 COSTS = Costs((1.0, 0.8), 6.0, {"float32": 4.0, "int8": 1.0}, {"float32": 0.5, "int8": 0.25})
-TRAINER = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.use_distributed_sampler=false"]
+TRAINER = [
+    "--seed_everything=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=2",
+    "--trainer.use_distributed_sampler=false",
+]
 
 
 @pytest.fixture
@@ -293,7 +298,7 @@ class Twice(Regression):
             optimizer.step()
 
     def configure_optimizers(self):
-        return [torch.optim.SGD(self.parameters(), lr=0.01), torch.optim.SGD(self.parameters(), lr=0.02)]
+        return [torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9) for lr in (0.01, 0.02)]
 
 
 def measured(fits, *cases):
