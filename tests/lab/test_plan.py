@@ -1,4 +1,4 @@
-"""What `plan` predicts, beside real runs on a link of 100 Mbit/s: within a factor of 2 where other jobs may be running."""
+"""What `plan` predicts, beside real runs on a link of 100 Mbit/s: within a factor of 2 where other jobs may run."""
 
 import re
 import sys
