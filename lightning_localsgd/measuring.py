@@ -83,8 +83,8 @@ class Run(CLI):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
-        return self.trainer.global_rank == 0
+        """Whether this is rank 0, as is known once something was measured."""
+        return dist.get_rank() == 0
 
     def strategy(self, period: int | Schedule, wire: WireName = "float32", delay: int = 0) -> LocalSGDStrategy:
         """Return the user's strategy with another period, wire and delay."""

@@ -185,13 +185,16 @@ def limits(costs: Costs, setting: Setting) -> str:
 
 def show(costs: Costs, print_: Any = None) -> None:
     """Print the table, the plot, the recommended setting and what limits it."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console  # an extra
     from rich.table import Table
 
     print_ = print_ or Console(highlight=False, soft_wrap=False).print
     best = recommended(costs)
     print_(f"\n{len(costs.steps)} workers; steps/s of each worker, which without averages are {_rate(costs.step)}\n")
-    table = Table("period", "delay", *(wire + " ≈" * (wire in costs.scaled) for wire in costs.blocking))
+    table = Table(
+        "period", "delay", *(wire + " ≈" * (wire in costs.scaled) for wire in costs.blocking), box=SIMPLE_HEAD
+    )
     for column in table.columns:
         column.justify = "right"
 
@@ -258,7 +261,8 @@ def draw(costs: Costs, path: Path) -> None:
             delays = [shortest_delay(costs, period, wire) if place else 0 for period in PERIODS[1:]]
             ones = [Setting(period, wire, k) for period, k in zip(PERIODS[1:], delays, strict=True) if k or not place]
             speeds = [1 / seconds(costs, one) for one in ones]
-            axis.plot([one.period for one in ones], speeds, f"C{number}o-", markersize=3, label=wire)
+            style = f"C{number}o{'--' if wire == 'float16' else '-'}"  # which would hide bfloat16
+            axis.plot([one.period for one in ones], speeds, style, markersize=3, label=wire)
         if (best.delay > 0) == bool(place):
             point = [1 / seconds(costs, best)]
             axis.plot([best.period], point, "o", color="black", fillstyle="none", markersize=11, label="recommended")
