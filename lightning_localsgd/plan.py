@@ -192,9 +192,8 @@ def show(costs: Costs, print_: Any = None) -> None:
     print_ = print_ or Console(highlight=False, soft_wrap=False).print
     best = recommended(costs)
     print_(f"\n{len(costs.steps)} workers; steps/s of each worker, which without averages are {_rate(costs.step)}\n")
-    table = Table(
-        "period", "delay", *(wire + " ≈" * (wire in costs.scaled) for wire in costs.blocking), box=SIMPLE_HEAD
-    )
+    names = [wire + " ≈" * (wire in costs.scaled) for wire in costs.blocking]
+    table = Table("period", "delay", *names, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for column in table.columns:
         column.justify = "right"
 
