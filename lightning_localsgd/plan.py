@@ -183,13 +183,13 @@ def limits(costs: Costs, setting: Setting) -> str:
     return f"Limited by {limit}: {'; '.join(shown)}. {ddp}: {blocks}."
 
 
-def show(costs: Costs, print_: Any = None) -> None:
+def show(costs: Costs) -> None:
     """Print the table, the plot, the recommended setting and what limits it."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console  # an extra
     from rich.table import Table
 
-    print_ = print_ or Console(highlight=False, soft_wrap=False).print
+    print_ = Console(highlight=False).print
     best = recommended(costs)
     print_(f"\n{len(costs.steps)} workers; steps/s of each worker, which without averages are {_rate(costs.step)}\n")
     names = [wire + " ≈" * (wire in costs.scaled) for wire in costs.blocking]
