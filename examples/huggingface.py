@@ -39,7 +39,7 @@ class Paragraphs(LightningDataModule):
         self.collate = DataCollatorForLanguageModeling(self.tokenizer, mlm=False)
 
     def setup(self, stage: str) -> None:
-        texts = (text.strip() for topic in topics.values() for text in topic.split("\n\n"))
+        texts = (text.strip()[: LONGEST - 1] for topic in topics.values() for text in topic.split("\n\n"))
         paragraphs = [
             self.tokenizer(text, truncation=True, max_length=LONGEST)
             for text in dict.fromkeys(texts)  # topics quote each other
