@@ -248,23 +248,23 @@ def test_an_image_is_shown_in_shades():
 
 
 def test_two_workers_begin_to_train_a_hugging_face_model(tmp_path):
-    pytest.importorskip("transformers", reason="needs the extra `huggingface`")
+    pytest.importorskip("transformers", reason="needs the extra `huggingface`, and Python 3.11")
     small = ["--epochs=1", "--width=32", "--at-most=4.6"]
     found = last(
         "huggingface.py", *small, cwd=tmp_path, pattern=r"held-out text: (\d\.\d{3}) bits per byte on (\d+) .*"
     )
     assert float(found[1]) < 4.6
-    assert int(found[2]) > 250
+    assert int(found[2]) > 130
 
 
 def test_no_paragraph_is_in_both_parts_of_the_paragraphs():
-    pytest.importorskip("transformers", reason="needs the extra `huggingface`")
+    pytest.importorskip("transformers", reason="needs the extra `huggingface`, and Python 3.11")
     from examples.huggingface import Paragraphs
 
     data = Paragraphs()
     data.setup("fit")
     train, test = ({tuple(of["input_ids"]) for of in part} for part in (data.train, data.test))
-    assert len(train) > 9 * len(test) - 10 > 2000
+    assert len(train) > 8.9 * len(test) > 1200
     for paragraph in list(test)[:20]:
         text = data.tokenizer.decode(paragraph, skip_special_tokens=True)
         assert any(text in topic for topic in topics.values()), text
@@ -315,8 +315,8 @@ def test_one_line_leads_from_ddp_to_local_sgd(tmp_path):
 
 
 def test_the_notebook_runs(tmp_path):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
+    nbformat, nbclient = (pytest.importorskip(name) for name in ("nbformat", "nbclient"))
+    pytest.importorskip("ipykernel", reason="needs Python 3.11")
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", 4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells)
