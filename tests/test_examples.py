@@ -249,11 +249,11 @@ def test_an_image_is_shown_in_shades():
 
 def test_two_workers_begin_to_train_a_hugging_face_model(tmp_path):
     pytest.importorskip("transformers", reason="needs the extra `huggingface`, and Python 3.11")
-    small = ["--epochs=1", "--width=32", "--at-most=4.6"]
+    small = ["--epochs=1", "--width=32", "--at-most=5.5"]
     found = last(
         "huggingface.py", *small, cwd=tmp_path, pattern=r"held-out text: (\d\.\d{3}) bits per byte on (\d+) .*"
     )
-    assert float(found[1]) < 4.6
+    assert float(found[1]) < 5.5  # 8 is what it begins with
     assert int(found[2]) > 130
 
 
@@ -340,9 +340,7 @@ def test_each_example_is_in_the_table_with_its_extra():
     assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
 
 
-@pytest.mark.parametrize("file", ["resnet20", "gan"])
-def test_an_example_that_does_not_reach_its_aim_fails(tmp_path, file):
-    aim = {"resnet20": "--at-least=1.1", "gan": "--at-most=0"}[file]
-    ended = run(sys.executable, EXAMPLES / f"{file}.py", "--epochs=1", aim, "--workers=1", cwd=tmp_path)
+def test_an_example_that_does_not_reach_its_aim_fails(tmp_path):
+    ended = run(sys.executable, EXAMPLES / "gan.py", "--epochs=1", "--at-most=0", "--workers=1", cwd=tmp_path)
     assert ended.code == 1
-    assert "which the example is meant to" in ended.output
+    assert "this is above 0.0, which the example is meant to stay below" in ended.output
