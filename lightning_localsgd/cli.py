@@ -8,7 +8,10 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI
 
-_OWN = {"report": "lightning_localsgd.report"}  # whose `main` takes the words that follow
+_OWN = {
+    "env": "lightning_localsgd.environment",
+    "report": "lightning_localsgd.report",
+}  # whose `main` takes the words that follow
 
 
 class CLI(LightningCLI):
