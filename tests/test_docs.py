@@ -85,10 +85,8 @@ def run_page(page, folder):
     """Run a page's Python in one namespace, as a worker of two, and make what its YAML describes."""
     os.environ.update(SMALL)
     warnings.filterwarnings("ignore", ".*tensorboardX.*")  # a page need not choose a logger
-    own = folder / os.environ["LOCAL_RANK"]
-    own.mkdir()
-    os.chdir(own)
-    sys.path[:0] = [str(own), str(ROOT)]
+    os.chdir(folder)
+    sys.path[:0] = [str(folder), str(ROOT)]
     public = {name: getattr(lightning_localsgd, name) for name in dir(lightning_localsgd) if name[0].isupper()}
     classes = {"Trainer": Trainer, "Callback": Callback, "LightningModule": LightningModule, "dataclass": dataclass}
     theirs = {"torch": torch, "nn": torch.nn, "partial": partial, "model": Regression(), "data": loader([8, 8])}
@@ -97,7 +95,7 @@ def run_page(page, folder):
         if block.language not in ("python", "yaml"):
             continue
         if block.file is not None:
-            (own / block.file).write_text(block.code)
+            write(block.file, block.code)
         where = f"{name(page)}:{block.line}"
         try:
             if block.language == "python" and block.code.startswith(">>> "):
@@ -110,6 +108,13 @@ def run_page(page, folder):
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
 
+def write(file, code):
+    """Write a file that the other worker may write and read at the same time."""
+    new = Path(f"{file}-of-{os.getpid()}")
+    new.write_text(code)
+    new.replace(file)
+
+
 def examples(block, names, where):
     """Run a block of `>>>`, and see that it prints what the page says."""
     said = []
@@ -120,12 +125,13 @@ def examples(block, names, where):
 
 def make(code):
     """Make all that a configuration describes, on top of one that trains where it has no model of its own."""
-    Path("block.yaml").write_text(code)
+    own = f"block-{os.environ['LOCAL_RANK']}.yaml"
+    write(own, code)
     sys.argv = ["lightning-localsgd"]
     base = [] if re.search(r"^model:", code, re.MULTILINE) else ["--config", str(ROOT / "configs" / "digits.yaml")]
     with redirect_stderr(StringIO()) as said:
         try:
-            CLI(run=False, args=[*base, "--config", "block.yaml"], save_config_callback=None)
+            CLI(run=False, args=[*base, "--config", own], save_config_callback=None)
         except SystemExit as end:
             raise ValueError(said.getvalue()) from end
 
@@ -287,7 +293,11 @@ def test_what_is_no_command_is_seen(command, monkeypatch):
 
 def headings(page: Path) -> set[str]:
     """Return the anchors of a page, as GitHub and Sphinx name them."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = page.read_text()
+    included = re.search(r"^```{include} (\S+)", text, re.MULTILINE)
+    if included:
+        text += (page.parent / included[1]).read_text()
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     slugs = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
     return slugs | set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
