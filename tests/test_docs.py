@@ -6,8 +6,10 @@ import importlib
 import os
 import re
 import shlex
+import socket
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +23,13 @@ from torch.distributed.run import get_args_parser
 
 import lightning_localsgd
 from lightning_localsgd.cli import _OWN, CLI
+from lightning_localsgd.header import LEFT, _stopped
 from tests.models import Regression, loader
-from tests.shell import ROOT
+from tests.shell import COMMAND, ROOT, ok, run
 from tests.workers import WorkerError, run_workers
 
 DOCS = ROOT / "docs"
+START = DOCS / "start.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
 
@@ -84,7 +88,8 @@ def pages_with(*languages: str) -> list:
 def run_page(page, folder):
     """Run a page's Python in one namespace, as a worker of two, and make what its YAML describes."""
     os.environ.update(SMALL)
-    warnings.filterwarnings("ignore", ".*tensorboardX.*")  # a page need not choose a logger
+    for advice in (".*tensorboardX.*", "The dirpath has changed"):  # Lightning's: a page need not choose a logger
+        warnings.filterwarnings("ignore", advice)
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(ROOT)]
     public = {name: getattr(lightning_localsgd, name) for name in dir(lightning_localsgd) if name[0].isupper()}
@@ -154,6 +159,52 @@ def test_what_does_not_run_is_seen(tmp_path, language, code, told):
     (tmp_path / "page.md").write_text("\n" * 7 + f"```{language}\n{code}\n```\n")
     with pytest.raises(WorkerError, match=re.escape(told)):
         run_workers(run_page, 1, tmp_path / "page.md", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ the first page
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """A folder with the files that the page shows, and what its commands need to be small."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    for block in blocks(START):
+        if block.file is not None:
+            (folder / block.file).write_text(block.code)
+    return folder
+
+
+def words_of(beginning: str) -> list[str]:
+    """Return the one command of the first page that begins so."""
+    (found,) = {command for _, command in commands(START) if command.startswith(beginning)}
+    return [str(Path(sys.executable).parent / word) if i == 0 else word for i, word in enumerate(shlex.split(found))]
+
+
+def small(monkeypatch):
+    for name, value in {**SMALL, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_newcomers_program_trains(newcomer, monkeypatch):
+    small(monkeypatch)
+    assert "Starting with 2 processes" in ok(*words_of("python train.py"), cwd=newcomer)
+    assert list(newcomer.rglob("*.ckpt"))
+
+
+def test_a_newcomers_two_machines_train_and_are_reported_on(newcomer, monkeypatch):
+    small(monkeypatch)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        here = f"127.0.0.1:{probe.getsockname()[1]}"
+    words = [word.replace("n0:29500", here) for word in words_of("torchrun")]
+    assert here in words
+    with ThreadPoolExecutor() as machines:
+        ended = [each.result() for each in [machines.submit(run, *words, cwd=newcomer) for _ in range(2)]]
+    assert [each.code for each in ended] == [0, 0], ended[0].output + ended[1].output
+    assert "Starting with 2 processes" in ended[0].output + ended[1].output
+    assert "Rounds of local SGD" in ended[0].output + ended[1].output
+    log = max(newcomer.glob("lightning_logs/version_*/metrics.csv"))  # the program before had one too
+    ok(COMMAND, "report", log.parent)
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -363,10 +414,13 @@ def quoted(page: Path) -> list[tuple[int, str]]:
 
 def test_messages_are_quoted_as_they_are():
     ours = messages()
+    ours += [
+        str(_stopped("Rank 0, which starts,", why)) for why in ours if why == LEFT or why.startswith("the others have")
+    ]
     found = quoted(DOCS / "troubleshooting.md")
     assert len(found) > 10
     for line, message in found:
-        for part in re.split(r"<[^<>]*>", message):
+        for part in map(str.strip, re.split(r"<[^<>]*>", message)):
             # What stands alone beside something that is filled in says nothing.
             assert len(part) < 4 or any(part in text for text in ours), (line, part)
 
