@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -18,10 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.run import get_args_parser
 
 import lightning_localsgd
+from lightning_localsgd import LocalSGDStrategy, Schedule
 from lightning_localsgd.cli import _OWN, CLI
 from lightning_localsgd.header import LEFT, _stopped
 from tests.models import Regression, loader
@@ -139,6 +143,42 @@ def make(code):
             CLI(run=False, args=[*base, "--config", own], save_config_callback=None)
         except SystemExit as end:
             raise ValueError(said.getvalue()) from end
+
+
+def settings(page: Path) -> list[tuple[str, str]]:
+    """Return each setting in YAML that a page's tables have, with the argument that heads its table."""
+    found, argument = [], None
+    for line in page.read_text().splitlines():
+        head = re.fullmatch(r"\| \| `(\w+):` \|", line)
+        argument = head[1] if head else argument if line.startswith("|") else None
+        if argument is not None and not head and not set(line) <= set("|-"):
+            found += [(argument, value) for value in re.findall(r"`([^`]*)`", line.split(" | ", 1)[1])]
+    return found
+
+
+@pytest.fixture(scope="module")
+def strategy_parser():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LocalSGDStrategy, "strategy")
+    return parser
+
+
+@pytest.mark.parametrize(("argument", "value"), settings(DOCS / "algorithms.md"))
+def test_a_setting_in_a_table_is_right(strategy_parser, argument, value):
+    given = {"class_path": "lightning_localsgd.LocalSGDStrategy", "init_args": yaml.safe_load(f"{argument}: {value}")}
+    made = strategy_parser.instantiate_classes(strategy_parser.parse_object({"strategy": given}))
+    assert isinstance(made.strategy, LocalSGDStrategy)
+
+
+def test_each_schedule_has_its_yaml():
+    arguments = {argument for argument, _ in settings(DOCS / "algorithms.md")}
+    assert arguments == {"period", "outer", "optimizer_state", "mean", "pace"}
+    heads = {row.partition("`")[2].partition("`")[0] for row in (DOCS / "algorithms.md").read_text().splitlines()}
+    assert {name for name in dir(lightning_localsgd) if is_schedule(getattr(lightning_localsgd, name))} <= heads
+
+
+def is_schedule(what):
+    return isinstance(what, type) and issubclass(what, Schedule) and not inspect.isabstract(what)
 
 
 @pytest.mark.parametrize("page", pages_with("python", "yaml"))
