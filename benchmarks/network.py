@@ -46,6 +46,7 @@ from workers import QUIET, ask, workers
 from lightning_localsgd import AtEnd, LocalSGDStrategy, Mean
 from lightning_localsgd.anchor import Anchor
 from lightning_localsgd.exchange import Exchange
+from lightning_localsgd.links import Links
 from lightning_localsgd.mean import Bucket
 from lightning_localsgd.wire import FORMATS, WireName
 
@@ -111,13 +112,13 @@ class Model:
         random_.manual_seed(rank + 1)
         self.moved = [x + 1e-3 * torch.randn(elements, generator=random_) for x in self.tensors]
         self.flat = torch.cat(self.tensors)
-        self.exchanges = {wire: Exchange(Mean(wire=wire), rank, size) for wire in FORMATS}
+        self.exchanges = {wire: Exchange(Mean(wire=wire), Links(rank, size)) for wire in FORMATS}
 
     def average(self, wire: str) -> None:
         """Average as a blocking round does, up to the replica's new start."""
         weights = [1] * self.size
         if wire == "float32":
-            Mean().average(self.tensors, weights, self.rank, modest=True)
+            Mean().average(self.tensors, weights, Links(self.rank, len(weights)), modest=True)
         else:
             self.exchanges[wire].average(self.tensors, self.anchor, weights, 0, then=self._nothing)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_localsgd.exchange import Exchange
 from lightning_localsgd.flight import Flight
 from lightning_localsgd.landing import Landing
+from lightning_localsgd.links import Links
 from lightning_localsgd.mean import Bucket, Group, Mean, bytes_of_element
 from lightning_localsgd.progress import Squares
 from lightning_localsgd.replica import Replica
@@ -46,9 +47,8 @@ class Averages:
         landing: what becomes of the mean.
         replica: this worker's model.
         probe: sees how far the replicas move, or None.
-        rank: this process's.
-        size: the number of workers.
-        group: the process group on which averages travel in the background, or None for the one that all else takes.
+        links: between the workers.
+        background: those on which averages travel in the background.
         seed: of the noise in roundings.
         device: where the model is.
         look: raises if another worker has left.
@@ -61,9 +61,8 @@ class Averages:
         replica: Replica,
         probe: Probe | None,
         *,
-        rank: int,
-        size: int,
-        group: Any,
+        links: Links,
+        background: Links,
         seed: int,
         device: torch.device,
         look: Callable[[], None],
@@ -72,9 +71,9 @@ class Averages:
         self._landing = landing
         self._replica = replica
         self._probe = probe
-        self._rank = rank
-        self._exchange = Exchange(mean, rank, size, seed) if mean.needs_anchor and size > 1 else None
-        self._group = group
+        self._links = links
+        self._background = background
+        self._exchange = Exchange(mean, links, seed) if mean.needs_anchor and links.workers > 1 else None
         self._device = device
         self._stream: torch.cuda.Stream | None = None  # of averages in the background, on a GPU
         self._look = look
@@ -117,13 +116,13 @@ class Averages:
         of: Ending,
         modest: bool,
         then: Callable[[Bucket], None] | None = None,
-        group: Any = None,
+        links: Links | None = None,
     ) -> None:
         first = self._landing.scaled(of.factor)
         if self._exchange is not None:
-            self._exchange.average(views, self._landing.anchor, of.weights, of.number, first, then, group)
+            self._exchange.average(views, self._landing.anchor, of.weights, of.number, first, then, links)
         else:
-            self._mean.average(views, of.weights, self._rank, modest=modest, first=first, then=then, group=group)
+            self._mean.average(views, of.weights, links or self._links, modest=modest, first=first, then=then)
 
     def _average_rest(
         self,
@@ -131,10 +130,10 @@ class Averages:
         of: Ending,
         modest: bool,
         then: Callable[[Bucket], None] | None = None,
-        group: Any = None,
+        links: Links | None = None,
     ) -> None:
-        if views and len(of.weights) > 1:
-            self._mean.average(views, of.weights, self._rank, modest=modest, then=then, group=group)
+        if views and self._links.workers > 1:
+            self._mean.average(views, of.weights, links or self._links, modest=modest, then=then)
 
     # ------------------------------------------------------------------------------------------------ in the background
 
@@ -146,8 +145,8 @@ class Averages:
         self._landed = None
 
         def average(views: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
-            self._average(views, of, modest, group=self._group)
-            self._average_rest(rest, of, modest, group=self._group)
+            self._average(views, of, modest, links=self._background)
+            self._average_rest(rest, of, modest, links=self._background)
 
         if self._stream is None and self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_localsgd.anchor import Anchor, Line
 from lightning_localsgd.header import explained
+from lightning_localsgd.links import Links
 from lightning_localsgd.mean import Bucket, Group, Mean, each_bucket, grouped, pipelined
 from lightning_localsgd.wire import FORMATS, noise
 
@@ -28,14 +29,12 @@ class Exchange:
 
     Args:
         mean: the wire, and how much memory it may take.
-        rank: this process's.
-        workers: their number, at least 2.
+        links: between the workers, at least 2.
         seed: of the noise, equal on all workers.
     """
 
-    def __init__(self, mean: Mean, rank: int, workers: int, seed: int = 0) -> None:
-        self.rank = rank
-        self.workers = workers
+    def __init__(self, mean: Mean, links: Links, seed: int = 0) -> None:
+        self.links = links
         self.format = FORMATS[mean.wire]
         self._mean = mean
         self._seed = seed
@@ -52,24 +51,24 @@ class Exchange:
         number: int,
         first: Callable[[Bucket], None] | None = None,
         then: Callable[[Bucket], None] | None = None,
-        group: Any = None,
+        links: Links | None = None,
     ) -> None:
         """Replace ``tensors`` by their mean over workers, in place.
 
         Args:
             tensors: one-dimensional views of the trained parameters, in the anchor's order.
             anchor: from which they started, equal on all workers; ``then`` may move the piece that it is called with.
-            weights: for each rank 1 if it counts or 0 if not, equal on all ranks; at least one is 1.
+            weights: for each rank 1 if it counts or 0 if not, equal on all ranks and in each worker; at least one is 1.
             number: of the round, for the noise.
             first: called with each bucket of this worker's own values before it is sent, and may change what is.
             then: called with each bucket of means before they are written back, and may change them.
-            group: the process group, or None for all.
+            links: to take instead of those between the same workers that are known.
 
         Raises:
             RuntimeError: on all ranks, if the mean is not finite.
         """
         for kind, places in grouped(tensors).items():
-            trip = _Trip(self, kind, anchor, weights, number, group)
+            trip = _Trip(self, kind, anchor, weights, number, links or self.links)
             buckets = each_bucket(tensors, places, kind, self.capacity(anchor, kind), [trip.values])
 
             def encode(bucket: Bucket, trip: _Trip = trip) -> None:
@@ -85,7 +84,7 @@ class Exchange:
                         then(bucket)
                     torch._foreach_copy_(bucket.there, bucket.here)
 
-            with torch.profiler.record_function("localsgd::average"), explained(_WHO.format(self.rank)):
+            with torch.profiler.record_function("localsgd::average"), explained(_WHO.format(self.links.rank)):
                 pipelined(buckets, [(0, encode), (_LAG, trip.turn), (2 * _LAG, land)])
 
     def capacity(self, anchor: Anchor, kind: Group) -> int:
@@ -96,9 +95,9 @@ class Exchange:
         return max(1, int(min(most, max(len(anchor.values[kind]) / _BUCKETS, _LEAST))))
 
     def share(self, elements: int) -> int:
-        """Return how many elements of a bucket each worker owns, in whole blocks."""
+        """Return how many elements of a bucket each rank owns, in whole blocks."""
         block = self.format.block
-        return -(-elements // (self.workers * block)) * block
+        return -(-elements // (self.links.workers * self.links.devices * block)) * block
 
     def memory(self, anchor: Anchor, kind: Group) -> tuple[Tensor, Tensor] | None:
         """Return what the messages of this worker, and its means, have left out so far, if that is remembered."""
@@ -110,7 +109,8 @@ class Exchange:
             dtype, device = kind
             own = torch.zeros(len(anchor.values[kind]), dtype=dtype, device=device)
             owned = torch.zeros(whole * self.share(capacity) + self.share(rest), dtype=dtype, device=device)
-            stay = {line.name: line for line in old or []}
+            # A device of a node remembers what it has sent itself, which is from now on another piece of the model.
+            stay = {line.name: line for line in (old or []) if self.links.devices == 1}
             for line in lines:
                 if line.name in stay and stay[line.name].size == line.size:
                     was = self._memory[kind][0][stay[line.name].start :][: line.size]
@@ -124,7 +124,7 @@ class Exchange:
         """Return the noise for one rounding of a bucket, if it is not to the nearest."""
         if self._mean.rounding == "nearest":
             return None
-        return noise(kind[1], self._seed, number, self.rank, hop, start, kind[0].itemsize)
+        return noise(kind[1], self._seed, number, self.links.rank, hop, start, kind[0].itemsize)
 
     def forget(self) -> None:
         """Begin with error memories of 0."""
@@ -147,33 +147,41 @@ class _Trip:
     """One average of the parameters of one kind: what becomes of each bucket, in the order of the stages."""
 
     def __init__(
-        self, exchange: Exchange, kind: Group, anchor: Anchor, weights: Sequence[int], number: int, group: Any
+        self, exchange: Exchange, kind: Group, anchor: Anchor, weights: Sequence[int], number: int, links: Links
     ) -> None:
         self._exchange = exchange
         self._kind = kind
         self._anchor = anchor.values[kind]
-        self._weights = weights
+        self._weights = links.of_workers(weights)
         self._number = number
-        self._group = group
+        self._links = links
         self._capacity = exchange.capacity(anchor, kind)
         self._memory = exchange.memory(anchor, kind)
         dtype, device = kind
-        self.values = torch.empty(exchange.workers * exchange.share(self._capacity), dtype=dtype, device=device)
+        ranks = links.workers * links.devices
+        self.values = torch.empty(ranks * exchange.share(self._capacity), dtype=dtype, device=device)
         self._coming: dict[int, tuple[Tensor, Any, Tensor]] = {}  # by bucket: what arrives, its work, what was sent
 
     def _rows(self, bucket: Bucket) -> Tensor:
-        """Return the values with the padding of their last shares, a row for each owner."""
-        workers, share = self._exchange.workers, self._exchange.share(len(bucket.values))
-        return self.values[: workers * share].view(workers, share)
+        """Return what this rank sends, with the padding of their last shares, a row for each owner."""
+        links, share = self._links, self._exchange.share(len(bucket.values))
+        rows = links.devices * links.workers
+        return self.values[: rows * share].view(links.devices, links.workers, share)[links.device]
 
-    def _start(self, bucket: Bucket) -> Tensor:
+    def _own(self, bucket: Bucket) -> slice:
+        """Return where in the bucket the elements are that this rank sends: all, or its share of its node's."""
+        size, count = len(bucket.values), self._links.workers * self._exchange.share(len(bucket.values))
+        begin = min(size, self._links.device * count)
+        return slice(begin, min(size, begin + count))
+
+    def _start(self, bucket: Bucket, own: slice) -> Tensor:
         """Return the piece of the anchor."""
-        return self._anchor[bucket.start : bucket.start + len(bucket.values)].to(bucket.values.device)
+        return self._anchor[bucket.start + own.start : bucket.start + own.stop].to(bucket.values.device)
 
     def _send(self, bucket: Bucket, code: Tensor, collective: Callable[..., Any]) -> None:
         with torch.profiler.record_function("localsgd::send"):
-            arriving = torch.empty(self._exchange.workers, code.shape[1], dtype=torch.uint8, device=code.device)
-            work = collective(arriving, code, group=self._group, async_op=True)
+            arriving = torch.empty(self._links.workers, code.shape[1], dtype=torch.uint8, device=code.device)
+            work = collective(arriving, code, group=self._links.group, async_op=True)
         self._coming[bucket.start] = arriving, work, code
 
     def _arrived(self, bucket: Bucket) -> Tensor:
@@ -184,19 +192,19 @@ class _Trip:
 
     def encode(self, bucket: Bucket) -> None:
         """Send to each owner its share of the bucket, which holds this worker's own values."""
-        exchange, rows = self._exchange, self._rows(bucket)
+        exchange, rows, own = self._exchange, self._rows(bucket), self._own(bucket)
         size = exchange.format.size(rows.shape[1])
-        code = torch.zeros(exchange.workers, size, dtype=torch.uint8, device=rows.device)
-        if self._weights[exchange.rank]:  # else nobody reads it, and its values may be NaN
+        code = torch.zeros(self._links.workers, size, dtype=torch.uint8, device=rows.device)
+        if self._weights[self._links.worker]:  # else nobody reads it, and its values may be NaN
             with torch.profiler.record_function("localsgd::encode"):
-                bucket.values.sub_(self._start(bucket))
-                rows.view(-1)[len(bucket.values) :] = 0
-                error = self._memory[0][bucket.start :][: len(bucket.values)] if self._memory else None
+                values = bucket.values[own].sub_(self._start(bucket, own))
+                rows.view(-1)[len(values) :] = 0
+                error = self._memory[0][bucket.start :][own] if self._memory else None
                 if error is not None:
-                    bucket.values.add_(error)
+                    values.add_(error)
                 exchange.format.encode(rows, code, exchange.noise(self._kind, self._number, 1, bucket.start))
                 if error is not None:
-                    error.copy_(bucket.values)
+                    error.copy_(values)
         self._send(bucket, code, dist.all_to_all_single)
 
     def turn(self, bucket: Bucket) -> None:
@@ -225,7 +233,9 @@ class _Trip:
         """Fill the bucket with the mean."""
         arrived = self._arrived(bucket)
         with torch.profiler.record_function("localsgd::decode"):
-            self._exchange.format.decode(arrived, self._rows(bucket))
-            bucket.values.add_(self._start(bucket))
+            rows, own = self._rows(bucket), self._own(bucket)
+            self._exchange.format.decode(arrived, rows)
+            bucket.values[own].add_(self._start(bucket, own))
+            self._links.complete(bucket.values, rows.numel())
             if not math.isfinite(torch.linalg.vector_norm(bucket.values, math.inf)):
                 raise RuntimeError(f"The mean of the replicas in round {self._number} has a NaN or an infinite value.")

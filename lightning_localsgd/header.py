@@ -26,7 +26,7 @@ from lightning_localsgd.signals import Board, Signals
 
 # What ranks must have in common to understand each other. Raise it by one with every change of what travels, or
 # of when: a number in a `Message` or a `Report`, a `Want`, their order, and what is sent after a header or beside it.
-PROTOCOL = 1
+PROTOCOL = 2
 
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
@@ -177,8 +177,12 @@ class ReplicasDiffer(Exception):  # noqa: N818 - a finding of all ranks, from wh
         self.one, self.odd = one, odd
 
 
-def decide(messages: Sequence[Message]) -> Decision:
+def decide(messages: Sequence[Message], inside: Sequence[int] = ()) -> Decision:
     """Choose what is done next; a pure function, so that every rank chooses the same.
+
+    Args:
+        messages: of each rank.
+        inside: the ranks that these are, where they are not all but those of one worker.
 
     Raises:
         RuntimeError: on every rank alike, if what one rank wants cannot be had because of where another one is.
@@ -195,16 +199,16 @@ def decide(messages: Sequence[Message]) -> Decision:
 
     others = {message.want for message in messages} - {want}
     if want in (Want.ALL_GATHER, Want.STEP) and len(asked) < len(messages) and others != {Want.SIGNAL}:
-        raise RuntimeError(_why_not(messages, want))
+        raise RuntimeError(_why_not(messages, want, inside))
     if want is Want.ROUND and not all(other.waits or other is Want.SIGNAL for other in others):
-        raise RuntimeError(_why_not(messages, want))
+        raise RuntimeError(_why_not(messages, want, inside))
     if want is Want.ENDED and others:
-        raise RuntimeError(_why_not(messages, want))
+        raise RuntimeError(_why_not(messages, want, inside))
     if Want.SIGNAL in {want, *others} and others:
         served, asked = _beside_a_signal(messages, want, asked)
 
     offers = {rank: (message.layout, message.frozen) for rank, message in enumerate(messages) if message.layout}
-    if len(set(offers.values())) > 1:
+    if len(set(offers.values())) > 1 and not inside:
         one = min(offers)
         raise ReplicasDiffer(one, next(rank for rank, offer in offers.items() if offer != offers[one]))
 
@@ -221,12 +225,12 @@ def decide(messages: Sequence[Message]) -> Decision:
         weights = (int(detail > 1),) * len(messages)
     return Decision(
         want=served,
-        askers=tuple(asked),
+        askers=tuple(inside[place] for place in asked) if inside else tuple(asked),
         size=len(messages),
         detail=detail,
         weights=weights,
         step=max(message.step for message in messages),
-        signals=reduce(operator.or_, (message.signals for message in messages)),
+        signals=0 if inside else reduce(operator.or_, (message.signals for message in messages)),
         bad=tuple(message.bad for message in messages),
         loss_scales=tuple(message.loss_scale for message in messages),
         steps=tuple(message.step for message in messages),
@@ -261,10 +265,17 @@ class Header:
     def __init__(self, rank: int, size: int, timeout: timedelta | None = None) -> None:
         self.rank = rank
         self.size = size
+        self._timeout = timeout
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        self._inside: tuple[Sequence[int], Any] = (), None  # the ranks of this worker, and their group
         self._board: Board | None = None
         self._work: dist.Work | None = None  # the last header
         self._who = f"Rank {rank}, which starts,"  # and what it was doing then
+
+    def divide(self, ranks: Sequence[int]) -> None:
+        """Take note of the ranks that hold one replica with this one, and step together; all ranks at once."""
+        group = dist.new_group(list(ranks), backend="gloo", timeout=self._timeout, use_local_synchronization=True)
+        self._inside = tuple(ranks), group
 
     def open_board(self, signals: Signals) -> None:
         """From now on leave word for the others between headers, and read what they leave; all ranks at once."""
@@ -288,19 +299,29 @@ class Header:
         if self._board is not None:
             self._board.turn_over()
 
-    def exchange(self, message: Message) -> Decision:
-        """Send ``message``, receive those of all ranks, and return what follows from them."""
+    def exchange(self, message: Message, inside: bool = False) -> Decision:
+        """Send ``message``, receive those of all ranks, and return what follows from them.
+
+        Args:
+            message: of this rank.
+            inside: whether the ranks of this worker agree first, on steps that they take together; equal on them.
+        """
         if self._group is None:
             return decide([message])
-        rows = self._rows(message.row(), f"{_DOING[message.want]} at its step {message.step}")
-        return decide([Message.of(row) for row in rows])
+        row, doing = message.row(), f"{_DOING[message.want]} at its step {message.step}"
+        if inside:
+            ranks, group = self._inside
+            decision = decide([Message.of(row) for row in self._rows(row, doing, group, len(ranks))], ranks)
+            if decision.want in (Want.STEP, Want.GO_ON):
+                return decision
+        return decide([Message.of(row) for row in self._rows(row, doing, self._group, self.size)])
 
-    def _rows(self, mine: Tensor, doing: str) -> Tensor:
+    def _rows(self, mine: Tensor, doing: str, group: Any, size: int) -> Tensor:
         """Return the rows of all ranks, each as long as this one."""
-        rows = torch.empty(self.size, len(mine), dtype=torch.int64)
+        rows = torch.empty(size, len(mine), dtype=torch.int64)
         who = self._who = f"Rank {self.rank}, which {doing},"
         with torch.profiler.record_function("localsgd::header"), explained(who):
-            self._work = dist.all_gather(list(rows.unbind()), mine, group=self._group, async_op=True)
+            self._work = dist.all_gather(list(rows.unbind()), mine, group=group, async_op=True)
             while not self._work.is_completed():
                 with suppress(RuntimeError):  # no more than that it is not completed yet
                     self._work.wait(_LISTEN)
@@ -313,7 +334,7 @@ class Header:
         """Return what each rank gives, as many numbers each; what this rank is doing is said where that fails."""
         if self._group is None:
             return [list(numbers)]
-        rows: list[list[int]] = self._rows(torch.tensor(numbers), doing).tolist()
+        rows: list[list[int]] = self._rows(torch.tensor(numbers), doing, self._group, self.size).tolist()
         return rows
 
     def telling(self) -> AbstractContextManager[None]:
@@ -367,7 +388,9 @@ class Header:
             self._work is None or self._work.is_completed()
         ):  # else it was Ctrl-C in a header, and this would wait for it
             self._work = None  # which keeps the connections open
-            dist.destroy_process_group(self._group)
+            for group in (self._inside[1], self._group):
+                if group is not None:
+                    dist.destroy_process_group(group)
             # Before torch 2.8 the end of a group waits for its threads and keeps the GIL, which they may still need to
             # drop the tensors of the last header.
             time.sleep(0.1)
@@ -406,22 +429,27 @@ def _stopped(who: str, why: str) -> RuntimeError:
     return RuntimeError(f"{rank} on host {gethostname()},{where} {_STOPPED} {why}.")
 
 
-def _why_not(messages: Sequence[Message], want: Want) -> str:
+def _why_not(messages: Sequence[Message], want: Want, inside: Sequence[int]) -> str:
+    who, remedy = "Rounds of length 1", "a `period` of at least 2"
+    if inside:
+        who, remedy = "The devices of a node", '`replica="device"`'
+    names = inside or range(len(messages))
     first = next(rank for rank, message in enumerate(messages) if message.want == want)
     others = [rank for rank, message in enumerate(messages) if message.want != want]
     if not others and want is Want.STEP:
         return (
-            "Rounds of length 1 average gradients and need the same parameters with `requires_grad` on every rank, but "
-            f"these many are frozen on ranks 0, 1, ...: {', '.join(str(message.detail) for message in messages)}."
+            f"{who} average gradients and need the same parameters with `requires_grad` on every rank, but these many "
+            f"are frozen on ranks {names[0]}, {names[1]}, ...: {', '.join(str(each.detail) for each in messages)}."
         )
     other = others[0] if others else next(rank for rank in range(len(messages)) if rank != first)
     where = {
-        rank: f"rank {rank} {_DOING[messages[rank].want]} at its step {messages[rank].step}" for rank in (first, other)
+        rank: f"rank {names[rank]} {_DOING[messages[rank].want]} at its step {messages[rank].step}"
+        for rank in (first, other)
     }
     if want is Want.STEP:
         return (
-            "Rounds of length 1 average gradients and need the same number of batches on every rank, but "
-            f"{where[first]} while {where[other]}; take a `period` of at least 2 for uneven data."
+            f"{who} average gradients and need the same number of batches on every rank, but {where[first]} while "
+            f"{where[other]}; take {remedy} for uneven data."
         )
     return f"The ranks have come apart: {where[first]} while {where[other]}."
 

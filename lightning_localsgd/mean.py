@@ -5,13 +5,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain, repeat
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_localsgd.header import explained
+from lightning_localsgd.links import Links
 from lightning_localsgd.wire import FORMATS, WireName
 
 Group = tuple[torch.dtype, torch.device]
@@ -128,12 +129,11 @@ class Mean:
         self,
         tensors: Sequence[Tensor],
         weights: Sequence[int],
-        rank: int,
+        links: Links,
         write: bool = True,
         modest: bool = False,
         first: Callable[["Bucket"], None] | None = None,
         then: Callable[["Bucket"], None] | None = None,
-        group: Any = None,
     ) -> None:
         """Replace ``tensors`` by their mean over workers, in place and in full precision.
 
@@ -142,38 +142,39 @@ class Mean:
 
         Args:
             tensors: one-dimensional views, of the same sizes and dtypes on every rank.
-            weights: for each rank 1 if it counts or 0 if not, equal on all ranks; at least one is 1.
-            rank: this process's place in ``weights``.
+            weights: for each rank 1 if it counts or 0 if not, equal on all ranks and in each worker; at least one is 1.
+            links: between the workers.
             write: whether the mean is written back; without, this rank only contributes.
             modest: whether the square of every element here is known to be finite.
             first: called with each bucket of this worker's own values before they are sent, and may change what is.
             then: called with each bucket of means before they are written back, and may change them.
-            group: the process group, or None for all.
         """
-        count, index, alone = sum(weights), sum(weights[:rank]), len(weights) == 1
+        counts = links.of_workers(weights)
+        count, index, is_counted = sum(counts), sum(counts[: links.worker]), counts[links.worker]
 
         def encode(bucket: Bucket) -> None:
             if first is not None:
                 first(bucket)
             if not bucket.values.is_floating_point():
                 return
-            if not weights[rank]:
+            if not is_counted:
                 bucket.values.fill_(-0.0)  # 0 times its values would be NaN for a NaN; -0 leaves every sum as it is
             elif count > 1:
                 share(bucket.values, count, index, modest)
 
-        def send(bucket: Bucket) -> Any:
+        def send(bucket: Bucket) -> Callable[[], object] | None:
             operation = dist.ReduceOp.SUM if bucket.values.is_floating_point() else dist.ReduceOp.MAX
-            return None if alone else dist.all_reduce(bucket.values, operation, group=group, async_op=True)
+            return links.reduce(bucket.values, operation)
 
-        with torch.profiler.record_function("localsgd::average"), explained(f"Rank {rank}, which averages its model,"):
+        who = f"Rank {links.rank}, which averages its model,"
+        with torch.profiler.record_function("localsgd::average"), explained(who):
             self._each_bucket(tensors, encode, send, write, then)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Replace ``tensors`` by those of rank 0, in place."""
         with torch.profiler.record_function("localsgd::broadcast"):
             self._each_bucket(
-                tensors, None, lambda bucket: dist.broadcast(bucket.values, src=0, async_op=True), write=True
+                tensors, None, lambda bucket: dist.broadcast(bucket.values, src=0, async_op=True).wait, write=True
             )
 
     @torch.no_grad()
@@ -181,12 +182,12 @@ class Mean:
         self,
         tensors: Sequence[Tensor],
         encode: Callable[["Bucket"], None] | None,
-        send: Callable[["Bucket"], Any],
+        send: Callable[["Bucket"], Callable[[], object] | None],
         write: bool,
         then: Callable[["Bucket"], None] | None = None,
     ) -> None:
         """While one bucket is on its way, the last one is unpacked and the next one packed."""
-        works: dict[int, Any] = {}
+        waits: dict[int, Callable[[], object] | None] = {}
 
         def pack_(bucket: Bucket) -> None:
             with torch.profiler.record_function("localsgd::encode"):
@@ -196,12 +197,13 @@ class Mean:
 
         def arrive(bucket: Bucket) -> None:
             with torch.profiler.record_function("localsgd::wait"):
-                if works[bucket.start] is not None:
-                    works[bucket.start].wait()
+                wait = waits.pop(bucket.start)
+                if wait is not None:
+                    wait()
 
         def leave(bucket: Bucket) -> None:
             with torch.profiler.record_function("localsgd::send"):
-                works[bucket.start] = send(bucket)
+                waits[bucket.start] = send(bucket)
 
         def land(bucket: Bucket) -> None:
             with torch.profiler.record_function("localsgd::apply"):
@@ -215,7 +217,6 @@ class Mean:
             capacity = self.capacity(total, dtype.itemsize)
             memory = torch.empty(min(2 * capacity, total), dtype=dtype, device=device)
             buckets = each_bucket(tensors, places, (dtype, device), capacity, [memory[:capacity], memory[capacity:]])
-            works.clear()
             pipelined(buckets, [(0, pack_), (1, arrive), (0, leave), (1, land)])
 
     def capacity(self, total: int, itemsize: int) -> int:

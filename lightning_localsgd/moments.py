@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_localsgd.header import Header
+from lightning_localsgd.links import Links
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.replica import pieces
 from lightning_localsgd.schedule import require_count
@@ -19,7 +20,7 @@ _Entry = tuple[int, str, tuple[int, ...], str]  # parameter, key, shape, dtype
 
 
 def mean_state(
-    state: dict[str, Any], mean: Mean, header: Header, *, reader: int, device: torch.device
+    state: dict[str, Any], mean: Mean, header: Header, links: Links, *, reader: int, device: torch.device
 ) -> dict[str, Any]:
     r"""Return an optimizer's state dict with the mean of its tensors over the workers where they are finite.
 
@@ -32,8 +33,9 @@ def mean_state(
     Args:
         state: what ``optimizer.state_dict()`` returned; is left as it is.
         mean: how to average.
-        header: how the workers hear of each other.
-        reader: the worker that will use the result.
+        header: how the ranks hear of each other.
+        links: between the workers.
+        reader: the rank that will use the result.
         device: where tensors must be to travel.
     """
     own = _entries(state)
@@ -58,7 +60,7 @@ def mean_state(
                 tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
             tensors.append(tensor.view(-1))
         if any(weights):
-            mean.average(tensors, weights, header.rank)
+            mean.average(tensors, weights, links)
     return state | {"state": result}
 
 
@@ -152,6 +154,7 @@ def average_states(
     optimizers: Sequence[Optimizer],
     mean: Mean,
     header: Header,
+    links: Links,
     weights: Sequence[int],
     due: set[str] | None,
     device: torch.device,
@@ -161,7 +164,8 @@ def average_states(
     Args:
         optimizers: this worker's.
         mean: how to average.
-        header: how the workers hear of each other.
+        header: how the ranks hear of each other.
+        links: between the workers.
         weights: for each rank whether it counts.
         due: the keys of the moments, or None for all.
         device: where counters must be to travel.
@@ -196,7 +200,7 @@ def average_states(
             owners.setdefault(tuple(having[moment]), []).extend(pieces(own[moment]))
     for ranks, tensors in sorted(owners.items(), key=lambda item: item[0]):
         if any(ranks):
-            mean.average(tensors, ranks, header.rank)
+            mean.average(tensors, ranks, links)
     counters = [moment for moment in sorted(having) if moment.counts]
     values = torch.tensor([float(own[moment]) for moment in counters], dtype=torch.float64, device=device)
     if header.size > 1 and counters:

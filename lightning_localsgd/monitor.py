@@ -170,7 +170,8 @@ class Monitor:
             )
         if self.anchor and strategy.schedule.averages_only_gradients:
             raise ValueError("`anchor` must be False with a `period` of 1, which averages no models, got True.")
-        self.totals = Totals(trainer.world_size)
+        self._workers = strategy.workers
+        self.totals = Totals(self._workers)
         strategy.listen(self._hear_round, self._hear_spread, moves=self.anchor)
 
     def _hear_round(self, one: Round) -> None:
@@ -199,7 +200,7 @@ class Monitor:
             pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _write(self, trainer: Trainer, logs: bool = True) -> None:
-        rounds, workers = self._rounds, trainer.world_size
+        rounds, workers = self._rounds, self._workers
         sums, counts = summed(rounds, self._spreads, workers)
         self.totals.update(sums, counts)
         self._rounds, self._spreads = [], []

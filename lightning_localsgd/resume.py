@@ -161,14 +161,14 @@ class Fit:
             follower.stop_watching()
 
 
-def read_part(checkpoint: State, path: str, rank: int, workers: int, weights_only: bool | None) -> State | None:
+def read_part(checkpoint: State, path: str, rank: int, setting: State, weights_only: bool | None) -> State | None:
     """Return a worker's part of a checkpoint, or None, and say why, if a run cannot go on exactly from it.
 
     Args:
         checkpoint: what is in its main file ``path``.
         path: of the main file.
         rank: the worker's.
-        workers: their number.
+        setting: of this run.
         weights_only: as in ``Trainer.fit``.
 
     Raises:
@@ -179,8 +179,10 @@ def read_part(checkpoint: State, path: str, rank: int, workers: int, weights_onl
         why_not = "it was saved by another strategy"
     elif parts is None:
         why_not = 'no worker has kept its part of it, as they do in training with `checkpoint="exact"`'
-    elif entry["workers"] != workers:
-        why_not = f"it was saved by {entry['workers']} workers, and these are {workers}"
+    elif entry["workers"] != setting["workers"]:
+        why_not = f"it was saved by {entry['workers']} workers, and these are {setting['workers']}"
+    elif entry["replica"] != setting["replica"]:
+        why_not = f"it was saved with a `{entry['replica']}` for each replica, and now it is a `{setting['replica']}`"
     else:
         return parts.read(rank, path, weights_only is not False)
     rank_zero_warn(f"All workers start a new round at the consensus in {path}: {why_not}.")

@@ -5,7 +5,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
@@ -48,6 +48,7 @@ class Keeps(_Base):
     mean: Mean
     outer: OuterStep | None
     _state_rule: OptimizerState
+    _replica_rule: Literal["device", "node"]
     _pace_rule: Proportional | None
     _exact: bool
     _header: Header | None
@@ -98,7 +99,9 @@ class Keeps(_Base):
         if self._communicates:
             return self.worker.mean_state(optimizer, state)
         if self._worker is None and self._last and self._last.clock.averages_models and not self._is_apart:
-            return mean_state(state, self.mean, self._talk(), reader=0, device=self.root_device)  # after a fit
+            return mean_state(  # after a fit
+                state, self.mean, self._talk(), self._last.links, reader=0, device=self.root_device
+            )
         return state
 
     @property
@@ -156,6 +159,7 @@ class Keeps(_Base):
         """Return what a resume must have in common with the run that saved, to go on bit for bit."""
         return {
             "workers": self.world_size,
+            "replica": f"node of {self.num_processes}" if self._replica_rule == "node" else "device",
             "bucket_mb": self.mean.bucket_mb,
             "wire": [self.mean.wire, self.mean.rounding, self.mean.error_feedback],
             "seed": self._seed if self.mean.rounding == "stochastic" else None,
@@ -205,7 +209,7 @@ class Keeps(_Base):
             if fits:
                 refuse_one_worker(checkpoint, path)
             if fits and self._exact and self._worker is None:
-                part = read_part(checkpoint, path, self.global_rank, self.world_size, kwargs.get("weights_only"))
+                part = read_part(checkpoint, path, self.global_rank, self._setting(), kwargs.get("weights_only"))
         except Exception as this:
             error = this
         self._talk().agree(error)

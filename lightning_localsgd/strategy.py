@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -30,6 +30,7 @@ from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import MetricSync, StepWarning
 from lightning_localsgd.header import Header, Want, explained
 from lightning_localsgd.landing import Landing
+from lightning_localsgd.links import AllLinks, Links, links_of, nodes_of
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState
 from lightning_localsgd.optimizers import Optimizers, is_schedule_free
@@ -69,6 +70,10 @@ class LocalSGD(Keeps):
             validation and checkpoints see the mean without it.
         optimizer_state: what becomes of the local optimizers' state at the end of a round: ``"keep"``, ``"average"``
             (or an :class:`AverageState`) or ``"reset"``.
+        replica: who holds one. With ``"device"`` each device is a worker. With ``"node"`` the devices of a node are one
+            worker together, as many in each node: inside it *gradients* are averaged in each step, as
+            ``DDPStrategy`` does, and each device sends its share of the model to the other nodes. N is then the number
+            of nodes.
         pace: with ``"equal"`` all workers take the same number of steps in a round, with ``"proportional"`` (or a
             :class:`Proportional`) faster workers take more, and get more of the data.
         checkpoint: what a checkpoint keeps. With ``"consensus"`` it is one ordinary file, of the mean of all replicas
@@ -107,6 +112,7 @@ class LocalSGD(Keeps):
         mean: Mean = Mean(),
         outer: OuterStep | None = None,
         optimizer_state: Literal["keep", "average", "reset"] | AverageState = "keep",
+        replica: Literal["device", "node"] = "device",
         pace: Literal["equal", "proportional"] | Proportional = "equal",
         checkpoint: Literal["consensus", "exact"] = "consensus",
         accelerator: Accelerator | None = None,
@@ -143,6 +149,12 @@ class LocalSGD(Keeps):
             )
         if not (pace in ("equal", "proportional") or isinstance(pace, Proportional)):
             raise ValueError(f'`pace` must be "equal", "proportional" or a `Proportional`, got {pace!r}.')
+        if replica not in ("device", "node"):
+            raise ValueError(f'`replica` must be "device" or "node", got {replica!r}.')
+        if pace != "equal" and replica == "node":
+            raise ValueError(
+                f"`pace` must be 'equal' with `replica=\"node\"`, whose devices step together, got {pace!r}."
+            )
         if pace != "equal" and self.schedule.check:
             raise ValueError(
                 "`pace` must be 'equal' with a schedule that asks in a round whether it ends, after the same number "
@@ -174,12 +186,13 @@ class LocalSGD(Keeps):
         if isinstance(self.schedule, AtEnd) and mean.delay:
             raise ValueError(f"`delay` must be 0 with `AtEnd`, whose only average is taken at once, got {mean.delay}.")
         self.outer = outer
+        self._replica_rule = replica
         self._state_rule = AverageState() if optimizer_state == "average" else optimizer_state
         self._pace_rule = {"equal": None, "proportional": Proportional()}[pace] if isinstance(pace, str) else pace
         self.mean = mean
         self._exact = checkpoint == "exact"
         self._header: Header | None = None
-        self._background: dist.ProcessGroup | None = None
+        self._links: AllLinks | None = None
         self._worker: Worker | None = None  # of the fit in progress
         self._fit: Fit | None = None  # follows it, where checkpoints are exact
         self._pace: Pace | None = None  # of this worker, where the paces differ
@@ -255,7 +268,7 @@ class LocalSGD(Keeps):
             average.copy(self.lightning_module)
         may_reset = self.mean.nonfinite == "exclude" or self._state_rule == "reset"
         self.worker.optimizers.attach(lambda: self.optimizers, may_reset)
-        require_step_by_step(self.lr_scheduler_configs, self.schedule, self.world_size)
+        require_step_by_step(self.lr_scheduler_configs, self.schedule, self.workers)
         if self.outer is not None and any(map(is_schedule_free, self.optimizers)):
             raise ValueError(
                 "An outer step needs optimizers that keep no second model of their own, and schedule-free ones do: "
@@ -268,7 +281,7 @@ class LocalSGD(Keeps):
                 "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
-        if self.schedule.averages_only_gradients:
+        if self.schedule.averages_only_gradients or self.worker.averages_gradients:
             self._require_no_lbfgs()
         if self._pace is not None:
             self._pacing = _lightning.Pacing(trainer, self._pace, self.worker, self._undo)
@@ -282,8 +295,8 @@ class LocalSGD(Keeps):
     def _require_no_lbfgs(self) -> None:
         if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(
-                "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
-                "rule can end on one worker while the others wait."
+                "LBFGS needs gradients that are not averaged, in rounds of at least 2 steps on workers of one device: "
+                "its own stopping rule can end on one rank while the others wait."
             )
 
     def configure_ddp(self) -> None:
@@ -301,7 +314,7 @@ class LocalSGD(Keeps):
             needs, scales = needs | self._pace_rule.needs, self._pace_rule.needs_anchor
             if "paces" in self._resumed:
                 self._pace.load_state_dict(self._resumed["paces"])
-        rounds = Rounds(self._listeners, self.world_size)
+        rounds, links = Rounds(self._listeners, self.workers), self._link(header)
         if self.mean.delay and any(listener.moves for listener in self._listeners):
             raise ValueError(
                 "How far the replicas move from the start of a round is not measured where averages land with a delay: "
@@ -312,7 +325,10 @@ class LocalSGD(Keeps):
         self._expected_steps = math.nan
         self._worker = Worker(
             header,
-            clock=Clock(self.schedule, self.world_size, self._resumed.get("clock")),
+            links=links.between,
+            background=links.background,
+            inside=links.inside,
+            clock=Clock(self.schedule, self.workers, self._resumed.get("clock")),
             replica=Replica(
                 module,
                 skip_frozen=self.mean.frozen == "skip",
@@ -322,7 +338,6 @@ class LocalSGD(Keeps):
             optimizers=optimizers,
             mean=self.mean,
             landing=landing,
-            group=self._background_group(),
             seed=self._seed,
             optimizer_state=self._state_rule,
             measured=Measured(
@@ -341,17 +356,51 @@ class LocalSGD(Keeps):
         self._optimizer_stepped = False  # since the last step was counted
         self._accumulating = False  # is this batch's gradient only added to the next one's?
         self._step_is_open = False  # has this step, which averages gradients, sent its header?
+        self._reduces_all = True  # in the gradient phase a reducer averages over all ranks
         self._warn_of_step = StepWarning()
         self._worker.at_consensus = self._at_consensus
         self._worker.start(self._part["worker"] if self._part else None)
-        self._unreduced = list(module.parameters())  # parameters whose gradients no reducer averages yet
+        self._drop_reducer()
 
-    def _background_group(self) -> dist.ProcessGroup | None:
-        """Return the group of averages in the background, which must not get between other collectives."""
-        if self._background is None and self.mean.delay and self.world_size > 1:
-            self._background = dist.new_group(backend=self._process_group_backend, timeout=self._timeout)
-            dist.all_reduce(torch.zeros(1, device=self.root_device), group=self._background)  # NCCL joins it only here
-        return self._background
+    @property
+    def workers(self) -> int:
+        """Their number: of devices, or of nodes."""
+        return self.num_nodes if self._replica_rule == "node" else self.world_size
+
+    def _link(self, header: Header) -> AllLinks:
+        """Return the links between workers, which are made once; averages in the background have their own.
+
+        Raises:
+            ValueError: on all ranks, if nodes are workers and have different numbers of devices.
+        """
+        if self._links is not None:
+            return self._links
+        rank, ranks = self.global_rank, range(self.world_size)
+        if self._replica_rule == "node" and self.world_size > 1:
+            nodes = nodes_of(header, self.node_rank, self.local_rank)
+            if len(nodes) != self.num_nodes:
+                raise ValueError(
+                    f"`Trainer(num_nodes=...)` must be the number of nodes, {len(nodes)}, got {self.num_nodes}."
+                )
+            if len(nodes) < self.world_size:
+                between = links_of(nodes, rank, self._new_group)
+                background = links_of(nodes, rank, self._new_group) if self.mean.delay else between
+                header.divide(between.mates(rank))
+                inside = Links(between.device, between.devices, between.inside, rank)
+                self._links = AllLinks(between, background, inside)
+                return self._links
+        group = self._new_group(ranks) if self.mean.delay and self.world_size > 1 else None
+        everyone = Links(rank, self.world_size)
+        self._links = AllLinks(everyone, Links(rank, self.world_size, group), Links(0, 1, rank=rank))
+        return self._links
+
+    def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        backend, timeout = self._process_group_backend, self._timeout
+        group: dist.ProcessGroup = dist.new_group(
+            list(ranks), backend=backend, timeout=timeout, use_local_synchronization=True
+        )
+        dist.all_reduce(torch.zeros(1, device=self.root_device), group=group)  # NCCL joins it only here
+        return group
 
     def teardown(self) -> None:
         self._undo.close()
@@ -374,7 +423,7 @@ class LocalSGD(Keeps):
         if self._header is not None:
             self._header.leave()
             self._header = None
-        self._background = None
+        self._links = None
         _lightning.end_with(self.launcher)
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -393,18 +442,20 @@ class LocalSGD(Keeps):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if not (self.worker.clock.averages_models or self._step_is_open):
+        self._leave_reducer()
+        if self.worker.averages_gradients and not self._step_is_open:
             self._reduce_gradients()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         worker = self.worker
         if worker.clock.averages_models:
             worker.start_step()
-        else:
+        if worker.averages_gradients:
             if not self._step_is_open:
                 worker.ask(Want.STEP, detail=len(self._unreduced))
             self._step_is_open = self._accumulating
-        self._leave_reducer()
+        if self._leave_reducer() and worker.averages_gradients:
+            self._reduce_gradients()
         worker.touched = True
         output = super().training_step(*args, **kwargs)
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
@@ -420,19 +471,30 @@ class LocalSGD(Keeps):
         """Set the clock back to a checkpoint's, and with it whether gradients are averaged."""
         assert self.lightning_module is not None
         resumed = self._resumed
-        clock = Clock(self.schedule, self.world_size, resumed.get("clock"))
+        clock = Clock(self.schedule, self.workers, resumed.get("clock"))
         old = self.worker.measured
         measured = Measured(old.needs, resumed.get("measured"), fastest=self._pace is not None, watched=old.watched)
         self.worker.restart(clock, measured, resumed.get("landing", {}))
         if self._pacing is not None:
             self._pacing.restart()
-        self.model = self.lightning_module
-        self._unreduced = list(self.model.parameters())
+        self._drop_reducer()
+        self._reduces_all = True
 
-    def _leave_reducer(self) -> None:
-        """From the first round on that averages models: the reducer goes with its memory, and does not come back."""
-        if self.worker.clock.averages_models:
-            self.model = self.lightning_module
+    def _leave_reducer(self) -> bool:
+        """From the first round on that averages models the reducer of all ranks goes; return whether it has just gone.
+
+        It does not come back.
+        """
+        goes = self.worker.clock.averages_models and self._reduces_all
+        if goes:
+            self._drop_reducer()
+            self._reduces_all = False
+        return goes
+
+    def _drop_reducer(self) -> None:
+        assert self.lightning_module is not None
+        self.model = self.lightning_module
+        self._unreduced = list(self.model.parameters())  # parameters whose gradients no reducer averages yet
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._worker is not None:
@@ -447,6 +509,7 @@ class LocalSGD(Keeps):
                 assert self.lightning_module is not None
                 if "init_sync" not in self._ddp_kwargs:  # an older torch: the reducer's constructor communicates
                     self.worker.ask(Want.STEP, detail=len(self._unreduced))
+                self._ddp_kwargs["process_group"] = None if self._reduces_all else self.worker.group_inside
                 self.model = self._setup_model(self.lightning_module)
 
     @contextmanager
@@ -483,7 +546,7 @@ class LocalSGD(Keeps):
 
     def _average_buffers(self) -> None:
         # In step with the gradients, where all ranks are: an optimizer step could be skipped by one of them.
-        if not (self.worker.clock.averages_models or self._accumulating):
+        if self.worker.averages_gradients and not self._accumulating:
             self.worker.average_buffers()
 
     def _end_step(self) -> None:
@@ -513,7 +576,7 @@ class LocalSGD(Keeps):
         if "steps_left" in self.schedule.needs:
             self._expected_steps = self.worker.clock.step + _lightning.steps_left(self._trainer)
         decision = self.worker.ask(Want.EPOCH)
-        if not self.worker.clock.averages_models:
+        if self.worker.averages_gradients:
             self._require_no_lbfgs()
         if self._pacing is not None:
             self._pacing.starts_epoch(decision.step, goes_on, taken_up)
@@ -541,7 +604,7 @@ class LocalSGD(Keeps):
             self._end_due_round()
             return False
         worker.heed()
-        if worker.hears_of_signals:
+        if worker.hears_of_signals and not self._step_is_open:  # else another rank may be waiting for its gradients
             worker.ask(Want.SIGNAL)
         if self._pacing is not None:
             self._pacing.before_batch()

@@ -20,6 +20,7 @@ from lightning_localsgd.collectives import Collectives
 from lightning_localsgd.fingerprint import other_model
 from lightning_localsgd.header import AT_ONCE, INSISTS, Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
+from lightning_localsgd.links import Links
 from lightning_localsgd.mean import Mean, bytes_of_element
 from lightning_localsgd.moments import AverageState, average_states, averaged, mean_state
 from lightning_localsgd.optimizers import Optimizers
@@ -37,12 +38,14 @@ class Worker:
 
     Args:
         header: how this rank tells the others what it wants.
+        links: between the workers.
+        background: those on which averages travel in the background.
+        inside: those between the ranks of this worker.
         clock: counts steps and rounds.
         replica: this worker's model.
         optimizers: what trains it.
         mean: how models are averaged.
         landing: what becomes of the mean.
-        group: on which averages travel in the background, or None for the one that all else takes.
         seed: of the noise in roundings.
         optimizer_state: what becomes of the optimizers' states.
         measured: what is known to the schedule and the pace.
@@ -60,12 +63,14 @@ class Worker:
         self,
         header: Header,
         *,
+        links: Links,
+        background: Links,
+        inside: Links,
         clock: Clock,
         replica: Replica,
         optimizers: Optimizers,
         mean: Mean,
         landing: Landing,
-        group: Any,
         seed: int,
         optimizer_state: OptimizerState,
         measured: Measured,
@@ -79,6 +84,9 @@ class Worker:
         files: Callable[[int], None],
     ) -> None:
         self._header = header
+        self.links = links
+        self._inside = inside
+        self._everyone = Links(header.rank, header.size)
         self.clock = clock
         self.replica = replica
         self.optimizers = optimizers
@@ -89,9 +97,8 @@ class Worker:
             landing,
             replica,
             rounds.probe(),
-            rank=header.rank,
-            size=header.size,
-            group=group,
+            links=links,
+            background=background,
             seed=seed,
             device=device,
             look=self.heed,
@@ -127,8 +134,22 @@ class Worker:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other worker."""
+        """Whether there is no other rank."""
         return self._header.size == 1
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether gradients are averaged in each step: over all ranks, or inside the worker."""
+        return not self.clock.averages_models or self._has_devices
+
+    @property
+    def _has_devices(self) -> bool:
+        return self._inside.workers > 1
+
+    @property
+    def group_inside(self) -> Any:
+        """The process group of the ranks that hold this replica."""
+        return self._inside.group
 
     # ----------------------------------------------------------------------------------------------------- the protocol
 
@@ -257,7 +278,8 @@ class Worker:
 
     def _exchange(self, message: Message) -> Decision:
         try:
-            decision = self._header.exchange(replace(message, signals=self._signals.pending))
+            message = replace(message, signals=self._signals.pending)
+            decision = self._header.exchange(message, self.clock.averages_models and self._has_devices)
         except ReplicasDiffer as found:  # by all ranks
             descriptions = self._header.gather(self.replica.describe())
             raise other_model(found.one, found.odd, descriptions[found.one], descriptions[found.odd]) from None
@@ -271,9 +293,10 @@ class Worker:
             RuntimeError: on all ranks, if a mean of the others is not wanted, or there are no others.
         """
         counted = [rank for rank, weight in enumerate(decision.weights) if weight]
-        bad = [rank for rank in counted if decision.bad[rank]]
+        found = [rank for rank in counted if decision.bad[rank]]
+        bad = sorted({mate for rank in found for mate in self.links.mates(rank)})
         if bad and (self.mean.nonfinite == "raise" or bad == counted):
-            where = "; ".join(f"rank {rank}: `{self.replica.name(decision.bad[rank])}`" for rank in bad)
+            where = "; ".join(f"rank {rank}: `{self.replica.name(decision.bad[rank])}`" for rank in found)
             remedy = "" if bad == counted else ", or `Mean(nonfinite='exclude')` to go on with the other workers"
             raise RuntimeError(
                 f"A mean at step {decision.step} needs finite replicas, but these workers have a NaN or an infinite "
@@ -525,10 +548,10 @@ class Worker:
             steps=of.steps,
             payload=sizes[0],
             payload_of_ddp=sizes[1],
-            weights=of.weights,
+            weights=tuple(self.links.of_workers(of.weights)),
             average_seconds=seconds,
             waited=of.waited,
-            reports=reports,
+            reports=self.links.of_workers(reports),
         )
 
     def _tell_of_gradients(self) -> None:
@@ -559,7 +582,9 @@ class Worker:
             if due is not None and not due:
                 return
             with torch.profiler.record_function("localsgd::optimizer_state"):
-                found = average_states(optimizers, self.mean, self._header, decision.weights, due, self._device)
+                found = average_states(
+                    optimizers, self.mean, self._header, self.links, decision.weights, due, self._device
+                )
             names = "moments" if due is None else " or ".join(f"`{key}`" for key in sorted(due))
             what = f"{names} to average"
         else:
@@ -587,7 +612,7 @@ class Worker:
             self.optimizers.reset(gradients=True)
 
     def _tell_of_nonfinite(self, decision: Decision) -> None:
-        for rank in decision.left_out:
+        for rank in [rank for rank in decision.left_out if decision.bad[rank]]:
             self._restarts[rank] += 1
             rank_zero_warn(
                 f"Rank {rank} was left out of the average at step {decision.step}, because its "
@@ -597,23 +622,30 @@ class Worker:
 
     def average(self, weights: Sequence[int], write: bool = True) -> None:
         """Average the replicas that count; without ``write``, only contribute."""
-        if any(weights) and not self.alone:
-            self.mean.average(self.replica.sent(), weights, self._header.rank, write, self._modest)
+        if not any(weights) or self.alone:
+            return
+        sent, buffers = self.replica.sent(), len(self.replica.buffers())
+        # The devices of a node agree on buffers when they step, not between batches that are accumulated.
+        apart = len(sent) - buffers if self._has_devices else len(sent)
+        for tensors, links in ((sent[:apart], self.links), (sent[apart:], self._everyone)):
+            self.mean.average(tensors, weights, links, write, self._modest)
 
     def leave(self) -> None:
         """Say the last word of the fit, and average once more if the replicas are no longer equal."""
         if not self.alone:
             decision = self.ask(Want.LEAVE, self.replica.digest())
-            self.rounds.tell_spread(decision.reports)
+            self.rounds.tell_spread(self.links.of_workers(decision.reports))
             weights = decision.weights
             if any(weights):  # frozen parameters too
-                self.mean.average(self.replica.tensors(), weights, self._header.rank)
+                self.mean.average(self.replica.tensors(), weights, self._everyone)
 
     def average_buffers(self) -> None:
-        """Average the buffers of all workers, which their forward passes have changed, without a header."""
-        self.touched = False
-        if not self.alone:
-            self.mean.average(self.replica.buffers(), [1] * self._header.size, self._header.rank)
+        """Average the buffers of the ranks whose gradients are, which their forward passes have changed; no header."""
+        links = self._inside if self.clock.averages_models else self._everyone
+        if not self.clock.averages_models:
+            self.touched = False
+        if links.workers > 1:
+            self.mean.average(self.replica.buffers(), [1] * links.workers, links)
 
     # -------------------------------------------------------------------------------------------------------- consensus
 
@@ -630,7 +662,7 @@ class Worker:
         return self._mean_state(state, self.ask(Want.MOMENTS, detail=index))
 
     def _mean_state(self, state: dict[str, Any], decision: Decision) -> dict[str, Any]:
-        return mean_state(state, self.mean, self._header, reader=decision.askers[0], device=self._device)
+        return mean_state(state, self.mean, self._header, self.links, reader=decision.askers[0], device=self._device)
 
     @contextmanager
     def consensus(self) -> Generator[None, None, None]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from lightning_localsgd import LocalSGDStrategy, Mean
 from tests.models import optimizer, trainer
 from tests.versions import WEIGHTS_ONLY
+from tests.workers import as_node
 
 
 class Points(Dataset):
@@ -95,6 +96,7 @@ class Case:
     bucket_mb: float = 64.0
     mean: Mean = field(default_factory=Mean)
     checkpoint: str = "exact"
+    devices: int = 0  # of a node, where nodes are the replicas
 
 
 def model_of(case):
@@ -228,6 +230,7 @@ def run(case, folder=None, saver=None, resume=None, callbacks=()):
         callbacks: more of them.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    as_node(case.devices or case.workers)
     seed = 5 if resume else int(os.environ["LOCAL_RANK"])  # another one after a resume, which must not matter
     torch.manual_seed(100 + seed)
     np.random.seed(200 + seed)
@@ -242,14 +245,16 @@ def run(case, folder=None, saver=None, resume=None, callbacks=()):
         mean=replace(case.mean, bucket_mb=case.bucket_mb),
         outer=case.outer,
         optimizer_state=case.optimizer_state,
+        replica="node" if case.devices else "device",
         pace=case.pace,
         checkpoint=case.checkpoint,
     )
     options = {"max_epochs": case.epochs, "num_sanity_val_steps": 0} | case.options
     validates = any("val" in name for name in case.options)
     fit = trainer(
-        case.workers,
+        case.devices or case.workers,
         strategy,
+        num_nodes=case.workers // case.devices if case.devices else 1,
         callbacks=callbacks,
         enable_checkpointing=saver is not None,
         accumulate_grad_batches=case.accumulate,

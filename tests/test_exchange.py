@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning_localsgd import Mean
 from lightning_localsgd.anchor import Anchor
 from lightning_localsgd.exchange import Exchange
+from lightning_localsgd.links import Links
 from tests.workers import run_workers
 
 SIZES = [3, 9_001, 0, 1, 30_000, 7]
@@ -39,7 +40,7 @@ def drifts(workers, rounds):
         xs = [torch.zeros(size) for size in SIZES]
         true = [x.double() for x in xs]
         anchor = Anchor([(str(place), x, [x]) for place, x in enumerate(xs)])
-        exchange, random = Exchange(mean, rank, workers), torch.Generator().manual_seed(1)
+        exchange, random = Exchange(mean, Links(rank, workers)), torch.Generator().manual_seed(1)
 
         def then(bucket, anchor=anchor):
             anchor.values[bucket.group][bucket.start : bucket.start + len(bucket.values)].copy_(bucket.values)
@@ -76,7 +77,7 @@ def edges(workers):
         x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 3
         anchor = Anchor([("x", x, [x])])
         before = x.clone()
-        exchange = Exchange(mean, rank, workers)
+        exchange = Exchange(mean, Links(rank, workers))
         exchange.average([x], anchor, [1] * workers, 0)
         still = x.equal(before)
         x.add_(0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(rank)))
@@ -101,7 +102,7 @@ def edges(workers):
     start = x.clone()
     anchor = Anchor([("x", x, [x])])
     x.add_(1e-9)
-    Exchange(Mean(wire="int8"), rank, workers).average([x], anchor, [1] * workers, 0)
+    Exchange(Mean(wire="int8"), Links(rank, workers)).average([x], anchor, [1] * workers, 0)
     return found, (x - start).sub(1e-9).abs().max().item()
 
 
@@ -117,7 +118,7 @@ def test_edges():
 def memories(workers):
     rank = join(workers)
     x = torch.zeros(50_000)
-    anchor, exchange = Anchor([("x", x, [x])]), Exchange(Mean(0.5, wire="int4"), rank, workers)
+    anchor, exchange = Anchor([("x", x, [x])]), Exchange(Mean(0.5, wire="int4"), Links(rank, workers))
     x.add_(torch.randn(50_000, generator=torch.Generator().manual_seed(rank)))
     exchange.average([x], anchor, [1] * workers, 0)
     ((own, owned),) = exchange.state_dict().values()
@@ -135,7 +136,7 @@ def test_both_roundings_are_remembered():
 
 def other_parameters(workers):
     rank = join(workers)
-    exchange, random = Exchange(Mean(wire="int4"), rank, workers), torch.Generator().manual_seed(rank)
+    exchange, random = Exchange(Mean(wire="int4"), Links(rank, workers)), torch.Generator().manual_seed(rank)
     a, b, c = (torch.zeros(256) for _ in range(3))
 
     def average(named):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_localsgd import Mean
+from lightning_localsgd.links import Links
 from lightning_localsgd.mean import pack, share
 from lightning_localsgd.replica import Replica
 from tests.workers import run_workers
@@ -123,7 +124,7 @@ def average_everything(size, weights, bucket_mb):
     module = Everything()
     before, pointers = values(module), [t.data_ptr() for t in module.parameters()]
     strides = [t.stride() for t in module.parameters()]
-    Mean(bucket_mb).average(Replica(module).tensors(), weights, rank)
+    Mean(bucket_mb).average(Replica(module).tensors(), weights, Links(rank, len(weights)))
     assert pointers == [t.data_ptr() for t in module.parameters()]
     assert strides == [t.stride() for t in module.parameters()]
     assert module.tied is module.weight
@@ -154,7 +155,7 @@ def average_exotic():
     rank = join(2)
     dtypes = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32)  # which do not pickle
     tensors = [torch.tensor([2.0, 4.0, 8.0]).mul(rank + 1).to(dtype) for dtype in dtypes]
-    Mean().average(tensors, [1, 1], rank)
+    Mean().average(tensors, [1, 1], Links(rank, 2))
     return [tensor.tolist() for tensor in tensors]
 
 
@@ -171,7 +172,7 @@ def average_equal(size):
     with torch.no_grad():
         module.weight[2:] += rank  # so only part of this tensor is equal
     before = values(module)
-    Mean().average(Replica(module).tensors(), [1] * size, rank)
+    Mean().average(Replica(module).tensors(), [1] * size, Links(rank, size))
     return before, values(module)
 
 
@@ -190,7 +191,7 @@ def test_what_is_equal_on_all_workers_keeps_its_bits(size):
 def average_with_nan(size):
     rank = join(size)
     x = torch.full((3,), math.nan if rank == 1 else rank + 1.0)
-    Mean().average([x], [1, 0, 1], rank)
+    Mean().average([x], [1, 0, 1], Links(rank, 3))
     return x
 
 
@@ -202,7 +203,7 @@ def test_a_worker_without_weight_contributes_nothing_not_even_nan():
 def average_negative_zero(size):
     rank = join(size)
     x = torch.tensor([-0.0])
-    Mean().average([x], [1, 0, 1], rank)
+    Mean().average([x], [1, 0, 1], Links(rank, 3))
     return math.copysign(1, x.item())
 
 
@@ -213,7 +214,7 @@ def test_a_worker_without_weight_leaves_even_the_sign_of_zero():
 def only_contribute():
     rank = join(2)
     x = torch.tensor([float(rank)])
-    Mean().average([x], [1, 1], rank, write=rank == 0)
+    Mean().average([x], [1, 1], Links(rank, 2), write=rank == 0)
     return x.item()
 
 

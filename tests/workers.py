@@ -83,6 +83,12 @@ def run_workers(
     return [values[rank] if rank in values else errors[rank][0] for rank in range(size)]
 
 
+def as_node(devices: int) -> None:
+    """In one of these processes: let it be a device of a node that has so many of them."""
+    process = int(os.environ["PROCESS"])
+    os.environ.update(NODE_RANK=str(process // devices), LOCAL_RANK=str(process % devices))
+
+
 def _collect(
     pipes: dict[int, Connection], timeout: float, grace: float
 ) -> tuple[dict[int, Any], dict[int, tuple[Raised, str]]]:
@@ -114,6 +120,7 @@ def _work(
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        PROCESS=str(rank),
         LOCAL_RANK=str(rank),
         NODE_RANK="0",
         GLOO_SOCKET_IFNAME="lo",
