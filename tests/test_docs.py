@@ -164,7 +164,8 @@ def strategy_parser():
 
 
 @pytest.mark.parametrize(("argument", "value"), settings(DOCS / "algorithms.md"))
-def test_a_setting_in_a_table_is_right(strategy_parser, argument, value):
+def test_a_setting_in_a_table_is_right(strategy_parser, argument, value, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # it has had several names for what it does
     given = {"class_path": "lightning_localsgd.LocalSGDStrategy", "init_args": yaml.safe_load(f"{argument}: {value}")}
     made = strategy_parser.instantiate_classes(strategy_parser.parse_object({"strategy": given}))
     assert isinstance(made.strategy, LocalSGDStrategy)
@@ -172,7 +173,7 @@ def test_a_setting_in_a_table_is_right(strategy_parser, argument, value):
 
 def test_each_schedule_has_its_yaml():
     arguments = {argument for argument, _ in settings(DOCS / "algorithms.md")}
-    assert arguments == {"period", "outer", "optimizer_state", "mean", "pace"}
+    assert arguments == {"period", "outer", "optimizer_state", "mean", "pace", "replica"}
     heads = {row.partition("`")[2].partition("`")[0] for row in (DOCS / "algorithms.md").read_text().splitlines()}
     assert {name for name in dir(lightning_localsgd) if is_schedule(getattr(lightning_localsgd, name))} <= heads
 
