@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.run import get_args_parser
 
 import lightning_localsgd
-from lightning_localsgd import LocalSGDStrategy, Schedule
+from lightning_localsgd import Every, LocalSGDStrategy, Schedule
 from lightning_localsgd.cli import _OWN, CLI
 from lightning_localsgd.header import LEFT, _stopped
 from tests.models import Regression, loader
@@ -464,6 +465,53 @@ def test_messages_are_quoted_as_they_are():
         for part in map(str.strip, re.split(r"<[^<>]*>", message)):
             # What stands alone beside something that is filled in says nothing.
             assert len(part) < 4 or any(part in text for text in ours), (line, part)
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def public() -> dict[str, object]:
+    """Return each name that is imported from the package."""
+    mine = vars(lightning_localsgd).items()
+    return {name: what for name, what in mine if name[0] != "_" and not inspect.ismodule(what) and is_ours(what)}
+
+
+def is_ours(what: object) -> bool:
+    return getattr(what, "__module__", "").startswith("lightning_localsgd")
+
+
+def undocumented(what: type) -> list[str]:
+    """Return each public method and property that our code gives a class, and that neither it nor its bases explain."""
+    ours = {name for of in what.__mro__ if is_ours(of) for name in vars(of) if name[0] != "_"}
+    found = {name: [vars(of)[name] for of in what.__mro__ if name in vars(of)] for name in sorted(ours)}
+    spoken = (FunctionType, property, classmethod, staticmethod)
+    return [
+        name
+        for name, those in found.items()
+        if isinstance(those[0], spoken) and not any(isinstance(each, spoken) and each.__doc__ for each in those)
+    ]
+
+
+def test_what_is_public_is_documented():
+    reference = (DOCS / "api.md").read_text()
+    assert len(public()) > 25
+    for name, what in public().items():
+        assert inspect.getdoc(what), name
+        assert re.search(rf"^\.\. auto(class|function):: {name}$", reference, re.MULTILINE), name
+        if inspect.isclass(what):
+            assert undocumented(what) == [], name
+
+
+def test_what_is_not_documented_is_seen():
+    class Schedule(Every):
+        def ends_round(self, progress):
+            return True
+
+        def spread(self):
+            return 3
+
+    Schedule.__module__ = "lightning_localsgd.mine"
+    assert undocumented(Schedule) == ["spread"]
 
 
 # ----------------------------------------------------------------------------------------------------------- features
