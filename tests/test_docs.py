@@ -206,46 +206,26 @@ def test_what_does_not_run_is_seen(tmp_path, language, code, told):
 # ------------------------------------------------------------------------------------------------------ the first page
 
 
-@pytest.fixture(scope="module")
-def newcomer(tmp_path_factory):
-    """A folder with the files that the page shows, and what its commands need to be small."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    for block in blocks(START):
-        if block.file is not None:
-            (folder / block.file).write_text(block.code)
-    return folder
-
-
-def words_of(beginning: str) -> list[str]:
-    """Return the one command of the first page that begins so."""
-    (found,) = {command for _, command in commands(START) if command.startswith(beginning)}
-    return [str(Path(sys.executable).parent / word) if i == 0 else word for i, word in enumerate(shlex.split(found))]
-
-
-def small(monkeypatch):
+def test_a_newcomers_two_machines_train_and_are_reported_on(tmp_path, monkeypatch):
     for name, value in {**SMALL, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-
-
-def test_a_newcomers_program_trains(newcomer, monkeypatch):
-    small(monkeypatch)
-    assert "Starting with 2 processes" in ok(*words_of("python train.py"), cwd=newcomer)
-    assert list(newcomer.rglob("*.ckpt"))
-
-
-def test_a_newcomers_two_machines_train_and_are_reported_on(newcomer, monkeypatch):
-    small(monkeypatch)
+    for block in blocks(START):
+        if block.file is not None:
+            (tmp_path / block.file).write_text(block.code)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         here = f"127.0.0.1:{probe.getsockname()[1]}"
-    words = [word.replace("n0:29500", here) for word in words_of("torchrun")]
+    (command,) = (command for _, command in commands(START) if command.startswith("torchrun"))
+    first, *words = shlex.split(command.replace("n0:29500", here))
     assert here in words
+    program = Path(sys.executable).with_name(first)
     with ThreadPoolExecutor() as machines:
-        ended = [each.result() for each in [machines.submit(run, *words, cwd=newcomer) for _ in range(2)]]
-    assert [each.code for each in ended] == [0, 0], ended[0].output + ended[1].output
-    assert "Starting with 2 processes" in ended[0].output + ended[1].output
-    assert "Rounds of local SGD" in ended[0].output + ended[1].output
-    log = max(newcomer.glob("lightning_logs/version_*/metrics.csv"))  # the program before had one too
+        ended = [each.result() for each in [machines.submit(run, program, *words, cwd=tmp_path) for _ in range(2)]]
+    said = ended[0].output + ended[1].output
+    assert [each.code for each in ended] == [0, 0], said
+    assert "Starting with 2 processes" in said
+    assert "Rounds of local SGD" in said
+    (log,) = tmp_path.glob("lightning_logs/version_*/metrics.csv")
     ok(COMMAND, "report", log.parent)
 
 
