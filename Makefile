@@ -39,9 +39,9 @@ types: $(VENV)/.dev ## check types, strictly
 docs: $(VENV)/.docs ## build the documentation in docs/_build, warnings being errors
 	$(python) -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
-wheel: $(VENV)/.dev ## build the wheel in dist
+wheel: $(VENV)/.dev ## build the source distribution in dist, and the wheel from it
 	rm -rf dist
-	$(python) -m build --wheel
+	$(python) -m build
 
 clean: ## remove all that was made
 	rm -rf $(VENV) dist docs/_build .mypy_cache .ruff_cache .hypothesis

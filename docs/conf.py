@@ -19,3 +19,11 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+
+# Every name in the reference leads somewhere, but for those of others, and for classes that only say what ours have in
+# common.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|datetime|os|torch|lightning|lightning_fabric|pytorch_lightning)\..*"),
+    (r"py:class", r"lightning_localsgd\.(outer\.OuterStep|strategy\.LocalSGD)"),
+]

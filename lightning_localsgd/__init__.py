@@ -1,5 +1,7 @@
 """Parallel restarted SGD for PyTorch Lightning: workers train alone for a round, then agree on one model."""
 
+from importlib.metadata import version as _version
+
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_localsgd.adaptive import QSR as QSR
@@ -30,5 +32,7 @@ from lightning_localsgd.sequences import Sequences as Sequences
 from lightning_localsgd.sequences import TimeVarying as TimeVarying
 from lightning_localsgd.spread import Spread as Spread
 from lightning_localsgd.strategy import LocalSGDStrategy as LocalSGDStrategy
+
+__version__ = _version("lightning-localsgd")  # which pyproject.toml says
 
 LocalSGDStrategy.register_strategies(StrategyRegistry)  # `Trainer(strategy="localsgd")`

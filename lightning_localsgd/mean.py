@@ -29,7 +29,7 @@ class Mean:
 
     where :math:`W` are the workers that have taken a step since the last average. Floating point tensors narrower
     than 32 bits are averaged in float32; integer tensors take the maximum. An element that is equal on all workers
-    keeps its bits (see :func:`share`).
+    keeps its bits (see ``share`` in this file).
 
     With a ``wire`` of fewer bits the *difference to the anchor* a, from which the round started, travels, in two hops:
     each worker owns a share of the elements, gets all workers' messages for it, and sends their mean back to all.

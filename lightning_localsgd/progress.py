@@ -20,7 +20,7 @@ class Progress:
     r"""What a schedule may know at the start of a round; equal on all workers.
 
     What is measured or looked up is None until it is known, and always None where no part of the schedule
-    :attr:`~lightning_localsgd.Schedule.needs` it.
+    ``needs`` it.
 
     Args:
         step: steps taken since the start of the run, at least 0.

@@ -1,7 +1,6 @@
 """The command line: real runs of every configuration, and what it parses and prints."""
 
 import re
-import shlex
 import sys
 from dataclasses import asdict
 from functools import cache
@@ -17,7 +16,6 @@ from tests.shell import COMMAND, QUIET, ROOT, ok, run
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DIGITS = ROOT / "configs" / "digits.yaml"
-README = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("lightning-localsgd ")]
 
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 
@@ -169,16 +167,6 @@ def test_both_commands_are_one():
     printed = ok(COMMAND, "--help")
     assert printed.startswith("usage: lightning-localsgd ")
     assert ok(sys.executable, "-m", "lightning_localsgd", "--help") == printed
-
-
-@pytest.mark.parametrize("line", README)
-def test_what_the_readme_says_is_parsed(parse, line):
-    _, *words = shlex.split(line)
-    assert yaml.safe_load(parse(*words, "--print_config"))["model"]["class_path"] == "examples.digits.Digits"
-
-
-def test_the_readme_says_something():
-    assert len(README) >= 3
 
 
 @pytest.mark.parametrize(
