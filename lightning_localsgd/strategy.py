@@ -286,7 +286,7 @@ class LocalSGD(Keeps):
                 "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
-        if self.schedule.averages_only_gradients or self.worker.averages_gradients:
+        if self.schedule.averages_only_gradients or self.worker.has_devices:
             self._require_no_lbfgs()
         if self._pace is not None:
             self._pacing = _lightning.Pacing(trainer, self._pace, self.worker, self._undo)

@@ -140,10 +140,11 @@ class Worker:
     @property
     def averages_gradients(self) -> bool:
         """Whether gradients are averaged in each step: over all ranks, or inside the worker."""
-        return not self.clock.averages_models or self._has_devices
+        return not self.clock.averages_models or self.has_devices
 
     @property
-    def _has_devices(self) -> bool:
+    def has_devices(self) -> bool:
+        """Whether other ranks hold this replica, too."""
         return self._inside.workers > 1
 
     @property
@@ -285,7 +286,7 @@ class Worker:
     def _exchange(self, message: Message) -> Decision:
         try:
             message = replace(message, signals=self._signals.pending)
-            decision = self._header.exchange(message, self.clock.averages_models and self._has_devices)
+            decision = self._header.exchange(message, self.clock.averages_models and self.has_devices)
         except ReplicasDiffer as found:  # by all ranks
             descriptions = self._header.gather(self.replica.describe())
             raise other_model(found.one, found.odd, descriptions[found.one], descriptions[found.odd]) from None
@@ -633,7 +634,7 @@ class Worker:
             return
         sent, buffers = self.replica.sent(), len(self.replica.buffers())
         # The devices of a node agree on buffers when they step, not between batches that are accumulated.
-        apart = len(sent) - buffers if self._has_devices else len(sent)
+        apart = len(sent) - buffers if self.has_devices else len(sent)
         for tensors, links in ((sent[:apart], self.links), (sent[apart:], self._everyone)):
             self.mean.average(tensors, weights, links, write, self._modest)
 

@@ -200,6 +200,7 @@ def test_checksums_are_written_always_and_read_where_there_are_any(tmp_path):
     assert len(told) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.14: that it takes a moment
 def test_tensors_of_every_kind_are_named(tmp_path):
     tied = torch.rand(50)
     content = {

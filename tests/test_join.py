@@ -196,4 +196,4 @@ def test_the_protocol_is_raised_with_what_travels():
         [field.name for field in fields(header.Message)],
         [field.name for field in fields(header.Report)],
     ]
-    assert (header.PROTOCOL, zlib.crc32(repr(travels).encode())) == (1, 2746471519)
+    assert (header.PROTOCOL, zlib.crc32(repr(travels).encode())) == (2, 2746471519)

@@ -47,8 +47,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def peaks():
-    ranks = run_workers(peak, 2, [None, *(mean for mean, _, _ in CASES)], timeout=200)
-    return [[found - rank[0] for found in rank[1:]] for rank in ranks]
+    ranks = run_workers(peak, 2, [None, None, *(mean for mean, _, _ in CASES)], timeout=200)  # the first one warms up
+    return [[found - rank[1] for found in rank[2:]] for rank in ranks]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[str(mean) for mean, _, _ in CASES])
@@ -63,4 +63,4 @@ def test_what_is_kept_from_round_to_round_is_there(peaks):
     for rank in peaks:
         for (mean, _, _), found in zip(CASES, rank, strict=True):
             if not mean.delay:  # whose average makes its memories in another thread
-                assert found > (kept[str(mean)] - 0.1) * MODEL - 0.5
+                assert found > (kept[str(mean)] - 0.1) * MODEL - GLOO - 0.5  # which the run without may have had, too
