@@ -41,7 +41,7 @@ def turns(folder):
 
 def wait(folder, workers, batches):
     """Wait until the newest worker has had so many batches, and is one of so many."""
-    deadline = time.monotonic() + 180  # on a machine that does much else
+    deadline = time.monotonic() + 240  # on a machine that does much else
     while True:
         newest = ([turn for turn in turns(folder) if turn] or [[]])[-1]
         if len(newest) >= batches and newest[0][0] == workers:
