@@ -16,7 +16,7 @@ from lightning_localsgd.wire import FORMATS, WireName
 
 WIRES: tuple[WireName, ...] = get_args(WireName)
 PERIODS = tuple(2**power for power in range(10))  # 1 is DDP
-TOLERANCE = 0.03  # of the speed, which a shorter period is worth
+TOLERANCE = 0.02  # of the speed, which a shorter period is worth
 _MARGIN = 1.2  # by which a delay is longer than an average takes, since not all take the same time
 _BACKWARD = 2 / 3  # of a step, beside which DDP sends gradients, where it is not measured
 
@@ -99,7 +99,7 @@ def settings(costs: Costs) -> list[Setting]:
 
 
 def recommended(costs: Costs) -> Setting:
-    """Return the shortest period whose speed is within 3 % of the fastest's, blocking and of many bits if possible.
+    """Return the shortest period whose speed is within 2 % of the fastest's, blocking and of many bits if possible.
 
     Example:
         >>> recommended(Costs((1.0,), ddp=5.0, blocking={"float32": 4.0, "int8": 1.0}, hidden={"int8": 0.0}))

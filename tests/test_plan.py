@@ -87,16 +87,16 @@ def test_all_periods_are_compared_with_and_without_a_delay():
     ("costs", "expected"),
     [
         (Costs((1.0,), 1.02, {"float32": 4.0}, {}), Setting(1)),
-        (Costs((1.0,), 1.2, {"float32": 1.0}, {}), Setting(32)),  # 16 has 94.3 % of the speed of 512, and 32 has 97.2 %
+        (Costs((1.0,), 1.2, {"float32": 1.0}, {}), Setting(64)),  # 32 has 97.2 % of the speed of 512, and 64 has 98.7 %
         (Costs((1.0,), 9.0, {"float32": 1.0, "int8": 1.0}, {"float32": 0.0, "int8": 0.0}), Setting(2, "float32", 2)),
-        (Costs((1.0,), 9.0, {"float32": 0.05, "int8": 0.01}, {"float32": 0.0, "int8": 0.0}), Setting(2)),
-        (Costs((1.0,), 9.0, {"float32": 1.0, "int8": 0.05}, {"float32": 0.0}), Setting(2, "int8")),
+        (Costs((1.0,), 9.0, {"float32": 0.03, "int8": 0.01}, {"float32": 0.0, "int8": 0.0}), Setting(2)),
+        (Costs((1.0,), 9.0, {"float32": 1.0, "int8": 0.03}, {"float32": 0.0}), Setting(2, "int8")),
     ],
 )
 def test_the_shortest_period_that_is_fast_enough_is_recommended(costs, expected):
     assert recommended(costs) == expected
     fastest = min(seconds(costs, setting) for setting in settings(costs))
-    assert fastest / seconds(costs, recommended(costs)) >= 0.97
+    assert fastest / seconds(costs, recommended(costs)) >= 0.98
 
 
 def test_the_costs_by_numbers():
