@@ -151,7 +151,9 @@ class Rest:
         self.ahead = int(self._state.get("ahead", 0))  # steps, as :func:`_lightning.steps_ahead` counts them
         self._is_first = True  # no epoch has begun in this fit
         self._resumes = False  # an epoch is being taken up, and has had no batch since
-        self._source: _Source | str = "no loader is known"  # or why the rest of its epoch cannot be dealt
+        self._ends = False  # an epoch is being taken up at its end
+        self._source: _Source | str = "no loader is known"  # or why the rest of its epochs cannot be dealt
+        self._why_not: str | None = None  # why that of this epoch cannot
 
     # ----------------------------------------------------------------------------------------------------- the loader
 
@@ -168,9 +170,8 @@ class Rest:
             self._source = why
         else:
             self._source = source = _Source.of(loaders[0])
-            if "cuts" in state and state["samples"] != source.samples:
-                self._source = f"it had {state['samples']} samples and has {source.samples}"
-            elif (cuts := self._earlier_cuts()) and not self._is_over:
+            cuts = self._earlier_cuts()
+            if cuts and not self._is_over and not source.is_another(state):
                 put_sampler(source.loader, RestSampler(source.sampler, source.deal, state, cuts))
 
     def leave(self) -> None:
@@ -209,40 +210,52 @@ class Rest:
         return there_is_one
 
     def _begins(self) -> bool:
-        self._cuts, self._base, self._stepped, self._in_batch = [], 0, 0, False
+        self._cuts, self._base, self._stepped, self._in_batch, self._why_not = [], 0, 0, False, None
         return True
 
     def _takes_up(self) -> bool:
         self._begins()
-        state, source = self._state, self._source
-        if not {"cuts", "why_not"} & state.keys():  # an epoch begins
-            return True
+        trainer, state, source = self._trainer, self._state, self._source
         if self._is_over:
-            return _lightning.begins_next_epoch(self._trainer, steps_schedulers=False)
-        if isinstance(source, _Source) and "cuts" in state:
-            self._cuts = self._earlier_cuts()
-            self._base = source.whole - source.batches(self._cuts) if self._cuts else 0
+            if not state["validated"]:
+                return _lightning.begins_next_epoch(trainer, steps_schedulers=False)
+            self._stepped = int(trainer.num_training_batches)
+            _lightning.set_batches(trainer, self._stepped)
+            self._ends = True
+            return True
+        if not _lightning.in_epoch(trainer):
+            return True
+        self._resumes = "cuts" in state and self._exact is None
+        if isinstance(source, str) or source.is_another(state):
+            why = self._why_not = state.get("why_not", source if isinstance(source, str) else source.why_another(state))
+            if self.goes_on:
+                rank_zero_warn(
+                    f"In the epoch that is gone on with, samples may be repeated and as many left out, because {why}.",
+                    category=PossibleUserWarning,  # as Lightning's own, which knows no reason and is left out
+                )
+            return True
+        self._cuts = self._earlier_cuts()
+        self._base = source.whole - source.batches(self._cuts) if self._cuts else 0
         if self._exact is not None:
             self._stepped = self._exact
             return True
-        self._resumes = "cuts" in state
-        if not (isinstance(source, _Source) and "cuts" in state):
-            why = state.get("why_not", source)
-            rank_zero_warn(
-                f"In the epoch that is gone on with, samples may be repeated and as many left out, because {why}.",
-                category=PossibleUserWarning,  # as Lightning's own, which knows no reason and is left out
-            )
-            return True
         self._stepped = self._base
-        if self._base >= self._trainer.num_training_batches:  # too little is left for a batch of each worker
+        if self._base >= trainer.num_training_batches:  # too little is left for a batch of each worker
             self._resumes = False
-            return _lightning.begins_next_epoch(self._trainer, steps_schedulers=True)
-        _lightning.set_batches(self._trainer, self._base)
+            return _lightning.begins_next_epoch(trainer, steps_schedulers=True)
+        _lightning.set_batches(trainer, self._base)
         return True
 
     def before_batch(self) -> None:
-        """Before a batch, which may not come."""
+        """Before a batch, which may not come.
+
+        Raises:
+            StopIteration: if nothing is left to do in this epoch but its end.
+        """
         self._in_batch = False
+        if self._ends:
+            self._ends = False
+            raise StopIteration
         if self._resumes:
             self._resumes = False
             _lightning.forget_resuming(self._trainer)
@@ -271,8 +284,8 @@ class Rest:
         epoch, done = _lightning.epoch(trainer), _lightning.batches(trainer)
         if not _lightning.in_epoch(trainer):
             return {"epoch": epoch, "ahead": self.ahead}
-        if not isinstance(source, _Source):
-            return {"epoch": epoch, "ahead": self.ahead, "why_not": source}
+        if isinstance(source, str) or self._why_not is not None:
+            return {"epoch": epoch, "ahead": self.ahead, "why_not": self._why_not or source}
         sampler = source.sampler
         order = {"epoch": sampler.epoch, "seed": sampler.seed, "shuffle": int(sampler.shuffle)}
         if self._cuts:  # the order is that of the run that began the epoch
@@ -283,6 +296,7 @@ class Rest:
             "cuts": [list(cut) for cut in self._cuts],
             "had": source.had(self._stepped - self._base, self._cuts),
             "over": int(_lightning.is_last_batch(trainer) and self._stepped == done),
+            "validated": int(_lightning.is_validated(trainer)),
             "back": done - self._stepped,
             "logged": _lightning.logged_step(trainer) + int(self._in_batch and self._stepped == done),
         }
@@ -319,6 +333,16 @@ class _Source:
         sampler, batches = loader.sampler, loader.batch_sampler is not None
         batch, drops = (loader.batch_size, loader.drop_last) if batches else (1, False)
         return cls(loader, sampler, Deal(sampler.num_replicas, batch, sampler.drop_last, drops), len(sampler.dataset))
+
+    def is_another(self, state: State) -> bool:
+        """Whether it is not known to be the one of which ``state`` tells."""
+        return state.get("samples") != self.samples
+
+    def why_another(self, state: State) -> str:
+        """Return why it is not."""
+        if "samples" not in state:
+            return "the checkpoint does not say what was had of it"
+        return f"it had {state['samples']} samples and has {self.samples}"
 
     @property
     def whole(self) -> int:

@@ -111,10 +111,13 @@ class Notes(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.net = nn.Linear(6, 1)
-        self.seen, self.began, self.validated = [], [], []
+        self.seen, self.began, self.ended, self.validated = [], [], [], []
 
     def on_train_epoch_start(self):
         self.began.append(self.current_epoch)
+
+    def on_train_epoch_end(self):
+        self.ended.append(self.current_epoch)
 
     def loss(self, batch):
         _, x, y = batch
@@ -163,6 +166,10 @@ class Ends(Callback):
             trainer.save_checkpoint(self.path)
         trainer.should_stop = self.batches >= self.after
 
+    def on_validation_end(self, trainer, *_):
+        if self.saves == "validated" and self.batches == self.after:
+            trainer.save_checkpoint(self.path)
+
 
 WORKERS = (4, 3, 3, 4)
 
@@ -174,17 +181,18 @@ class Case:
     samples: int = 203
     batch: int | None = 4
     stops: tuple[int, ...] = (3, 6, 2)  # batches of each turn but the last
-    saves: Any = "all"  # by hand; or "first", on rank 0; or every so many steps
+    saves: Any = "all"  # by hand; or "first", on rank 0; or when "validated"; or every so many steps
     lost: int = 0  # batches after the save, of each worker, or of rank 0 if it alone saves
     left_out: int = 0  # samples at the end of an epoch
     epochs: int = 2
     period: Any = 4
-    grows: int = 0  # samples with each turn
+    more: int = 0  # samples from the second turn on
     in_order: bool = False  # by a sampler of the user's own, which leaves out samples that are too many
     data: dict[str, Any] = field(default_factory=lambda: {"shuffle": True})
     options: dict[str, Any] = field(default_factory=dict)
     checkpoint: str = "consensus"
-    why: str = ""  # the rest cannot be dealt
+    why: str = ""  # the rest cannot be dealt ...
+    told: tuple[int, ...] = (1, 2, 3)  # ... in these turns
 
 
 @dataclass
@@ -193,6 +201,7 @@ class Turn:
 
     seen: list[Seen]
     began: list[int]
+    ended: list[int]
     validated: list[tuple[int, int]]
     loss: float  # of all samples in the end
     said: list[str]
@@ -219,7 +228,7 @@ def fit(case, turn, folder):
     Left.noted.clear()
     os.environ["PL_GLOBAL_SEED"] = str(turn)  # what Lightning's sampler shuffles by; for an epoch that is gone on with,
     torch.manual_seed(turn)  # neither must matter
-    samples = case.samples + turn * case.grows
+    samples = case.samples + (case.more if turn else 0)
     own = {}
     if case.in_order:
         rank = int(os.environ["LOCAL_RANK"])
@@ -235,7 +244,9 @@ def fit(case, turn, folder):
     with torch.no_grad():
         loss = float(model.loss(next(iter(DataLoader(Ids(samples), samples)))))
     entry = torch.load(resume, weights_only=True)["lightning_localsgd"] if resume else {}
-    return Turn(model.seen, model.began, model.validated, loss, said, entry.get("rest", {}), list(Left.noted))
+    return Turn(
+        model.seen, model.began, model.ended, model.validated, loss, said, entry.get("rest", {}), list(Left.noted)
+    )
 
 
 def fit_all(cases, turn, folder):
@@ -257,11 +268,14 @@ CASES = {
     "one worker behind": Case(stops=(4, 4, 4), saves="first", lost=2),
     "the ends of epochs": Case(stops=(13, 17, 17), epochs=4, data=PROCESSES),
     "too little for a batch": Case(samples=52, stops=(1, 1, 1), data={"shuffle": True, "drop_last": True}, left_out=15),
-    "validated": Case(options={"val_check_interval": 0.25}),
+    "validated": Case(saves="validated", options={"val_check_interval": 0.25}),
+    "validated at the ends of epochs": Case(
+        stops=(13, 17, 17), epochs=4, saves="validated", options={"val_check_interval": 1.0}
+    ),
     "by the steps that are left": Case(period=Left(), checkpoint="exact"),
     "so many steps": Case(options={"max_steps": 15}, epochs=-1),
     "samplers of their own": Case(options={"use_distributed_sampler": False}, why="but by a `RandomSampler`"),
-    "more data": Case(grows=1, why="it had 203 samples and has 204"),
+    "more data": Case(stops=(3, 16, 2), more=1, why="it had 203 samples and has 204", told=(1,)),
 }
 
 
@@ -314,7 +328,7 @@ def test_it_is_said_once_where_the_rest_cannot_be_dealt(name, turns):
     why = CASES[name].why
     for number, turn in enumerate(turns[name]):
         for rank, worker in enumerate(turn):
-            assert len(worker.said) == (1 if why and number and rank == 0 else 0), worker.said
+            assert len(worker.said) == (why != "" and number in CASES[name].told and rank == 0), worker.said
     if why:
         assert why in turns[name][1][0].said[0]
 
@@ -363,6 +377,19 @@ def test_a_checkpoint_keeps_how_many_samples_all_have_had(turns):
     assert cuts == [None, [[12] * 4], [[12] * 4, [24] * 3], [[12] * 4, [24] * 3, [8] * 3]]
     assert turns["exact where it can be"][3][0].entry["cuts"] == [[12] * 4, [32] * 3]  # in the third turn exactly
     assert turns["one worker behind"][1][0].entry["cuts"] == [[8, 16, 16, 16]]
+
+
+def test_an_epoch_that_was_gone_on_with_in_the_dark_is_followed_by_ordinary_ones(turns):
+    ids = of_epoch(turns["more data"], epoch=1)  # of which two batches in the second turn, and two in the third
+    assert ids.keys() == set(range(204))
+    assert ids.total() == 204
+
+
+def test_what_was_to_be_done_at_the_end_of_an_epoch_after_its_validation_is_done(turns):
+    found = [[worker.ended for worker in turn] for turn in turns["validated at the ends of epochs"]]
+    assert found == [[[0]] * 4, [[0, 1]] * 3, [[1, 2]] * 3, [[2, 3]] * 4]
+    found = [[worker.ended for worker in turn] for turn in turns["the ends of epochs"]]
+    assert found == [[[0]] * 4, [[1]] * 3, [[2]] * 3, [[3]] * 4]  # as Lightning, which leaves it out
 
 
 def test_validations_are_where_they_are_in_an_epoch_with_so_many_workers(turns):

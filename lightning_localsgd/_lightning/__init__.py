@@ -27,6 +27,7 @@ from lightning_localsgd._lightning.stages import forget_resuming as forget_resum
 from lightning_localsgd._lightning.stages import forgotten as forgotten
 from lightning_localsgd._lightning.stages import in_epoch as in_epoch
 from lightning_localsgd._lightning.stages import is_last_batch as is_last_batch
+from lightning_localsgd._lightning.stages import is_validated as is_validated
 from lightning_localsgd._lightning.stages import iterators as iterators
 from lightning_localsgd._lightning.stages import limit_is_reached as limit_is_reached
 from lightning_localsgd._lightning.stages import loaders as loaders

@@ -276,6 +276,11 @@ def in_epoch(trainer: Trainer) -> bool:
     return stage(trainer, waits=False, validates=False).in_epoch
 
 
+def is_validated(trainer: Trainer) -> bool:
+    """Whether a validation has ended, and only the hooks of its end are called."""
+    return trainer.validating and stage(trainer, waits=False, validates=True) is Stage.VALIDATION_END
+
+
 def batches(trainer: Trainer) -> int:
     """Return how many batches of this epoch there have been, with the one that is being trained on."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
