@@ -31,8 +31,9 @@ PARTS = """
 import math
 import torch
 from comm_budget import Round, Run, beyond_steps, farthest, settled, share, share_if_shorter
-from paper import BATCH, Epoch, ResNet20, digits, table
+from paper import BATCH, Epoch, Evaluated, table
 from paper import Run as Trained
+from examples.resnet20 import digits
 
 # A period has settled when the later ones, 10 of them at least, are within a tenth of their median, or within a step.
 assert settled([8, 16, 32] + [40] * 10) == 3
@@ -50,7 +51,7 @@ assert share_if_shorter([Round(1, 1.0, 0.5, 0.0, math.nan)]) == 1 and math.isnan
 phases = Run(2.0, 1000, slows_to=200).phases()
 assert [(phase.rounds, phase.mbit, phase.slower) for phase in phases] == [(30, 1000, 1), (12, 1000, 1.5), (30, 200, 1)]
 
-data, model = digits(), ResNet20()
+data, model = digits(), Evaluated()
 assert sum(parameter.numel() for parameter in model.parameters()) == 269_722  # as in the table of He et al.: 0.27 M
 assert (len(data.train), len(data.test)) == (1438, 359)
 images, labels = data.train[:BATCH]
