@@ -43,11 +43,17 @@ class Hosts:
 
     names: tuple[str, ...]
 
-    def shape(self, mbit: float, rank: int | None = None) -> None:
-        """Give the link of each host, or of that of ``rank``, this bandwidth from now on, in both directions."""
+    def shape(self, mbit: float, rank: int | None = None, burst: str = "256kb") -> None:
+        """Give the link of each host, or of that of ``rank``, this bandwidth from now on, in both directions.
+
+        Args:
+            mbit: the bandwidth, in Mbit/s.
+            rank: of the host, or None for all.
+            burst: what may pass at once when nothing has for a while, as `tc` takes it.
+        """
         for name in self.names if rank is None else self.names[rank : rank + 1]:
             for place in (f"-n {name} qdisc replace dev eth0", f"qdisc replace dev {name}"):
-                _run(f"tc {place} root tbf rate {round(1000 * mbit)}kbit burst 256kb latency 200ms")
+                _run(f"tc {place} root tbf rate {round(1000 * mbit)}kbit burst {burst} latency 200ms")
 
     def cut(self, rank: int) -> None:
         """Cut the host of ``rank`` off from the others, as a pulled plug does."""

@@ -2,10 +2,11 @@
 
     sudo python benchmarks/paper.py
 
-Two hosts on a slow link, one worker each, train ResNet-20 (the CIFAR variant of He et al. 2016: 0.27 million
-parameters, BatchNorm, shortcuts without parameters) with plain SGD, a constant learning rate and no augmentation, from
-one seed. I = 1 averages gradients, as DDP does. After each epoch the average of the workers is evaluated; its loss is
-that on the training images, with the running statistics of BatchNorm. Evaluation is not in the wall time.
+Two hosts on a slow link, one worker each, train the ResNet-20 of `examples/resnet20.py` (the CIFAR variant of He et al.
+2016: 0.27 million parameters, BatchNorm, shortcuts without parameters) with plain SGD, a constant learning rate and no
+augmentation, from one seed. I = 1 averages gradients, as DDP does. After each epoch the average of the workers is
+evaluated; its loss is that on the training images, with the running statistics of BatchNorm. Evaluation is not in the
+wall time.
 
 The images are CIFAR-10 where torchvision is installed and finds or can download it, else scikit-learn's digits, real
 scans of 8 x 8 pixels, enlarged to 16 x 16. The setting is ours: what the paper used besides model, data and I was not
@@ -17,124 +18,35 @@ with fewer epochs and I = 1, 8, 32, and no picture).
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from hosts import hosts, missing, sent
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from workers import QUIET, ask, listen, workers
 
 from lightning_localsgd import LocalSGDStrategy
 
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # for the example
+from examples.resnet20 import DATA, ResNet20, found  # noqa: E402
+
 INTERVALS = (1, 4, 8, 16, 32)
 BATCH = 32  # of each worker
 RATE = 0.1
-PICTURE = Path(__file__).parent.parent / "docs" / "paper.png"
-FOLDER = Path.home() / ".cache" / "lightning-localsgd"  # of what is downloaded
-
-# ------------------------------------------------------------------------------------------------------------- the data
+PICTURE = ROOT / "docs" / "paper.png"
 
 
-class Data(NamedTuple):
-    """Images of 10 classes, of 3 channels, with mean 0 and standard deviation 1."""
-
-    train: TensorDataset
-    test: TensorDataset
-
-
-def cifar10() -> Data:
-    """Return CIFAR-10; raises OSError, RuntimeError or ImportError where it cannot be had."""
-    from torchvision.datasets import CIFAR10  # an extra
-
-    parts = [CIFAR10(FOLDER, train=train, download=True) for train in (True, False)]
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).float() for part in parts]
-    return _standardized(images, [torch.tensor(part.targets) for part in parts])
-
-
-def digits() -> Data:
-    """Return the digits of scikit-learn: every fifth is for testing."""
-    from sklearn.datasets import load_digits  # an extra
-
-    pixels, labels = (torch.tensor(of) for of in load_digits(return_X_y=True))
-    images = functional.interpolate(pixels.float().view(-1, 1, 8, 8), scale_factor=2, mode="bilinear")
-    images = images.expand(-1, 3, -1, -1).contiguous()
-    tests = torch.arange(len(labels)) % 5 == 4
-    return _standardized([images[~tests], images[tests]], [labels[~tests], labels[tests]])
-
-
-def _standardized(images: Sequence[Tensor], labels: Sequence[Tensor]) -> Data:
-    std, mean = torch.std_mean(images[0], (0, 2, 3), keepdim=True)
-    return Data(*(TensorDataset((part - mean) / std, of) for part, of in zip(images, labels, strict=True)))
-
-
-DATA = {"CIFAR-10": cifar10, "scikit-learn's digits, 8 x 8 pixels enlarged to 16 x 16": digits}
-
-
-def found() -> str:
-    """Return the name of the first data that can be had."""
-    for name, load in DATA.items():
-        try:
-            load()
-        except (ImportError, OSError, RuntimeError) as error:
-            print(f"{name} cannot be had here: {type(error).__name__}: {error}")
-        else:
-            return name
-    raise SystemExit("no data: install scikit-learn or torchvision")
-
-
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-class Block(nn.Module):
-    """Two convolutions and a shortcut around them: every other pixel, and zeros for the new channels."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride = outputs // inputs
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.convolutions(x)
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        missing = y.shape[1] - x.shape[1]
-        return functional.relu(y + functional.pad(shortcut, (0, 0, 0, 0, missing // 2, missing - missing // 2)))
-
-
-class ResNet20(LightningModule):
-    """ResNet-20 for small images (He et al. 2016)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-        self.network = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            *(Block(inputs, outputs) for inputs, outputs in pairwise(widths)),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(64, 10),
-        )
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return functional.cross_entropy(self.network(batch[0]), batch[1])
+class Evaluated(ResNet20):
+    """ResNet-20, with the loss on the first loader's images and the accuracy on the second's."""
 
     def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         outputs = self.network(batch[0])
@@ -144,12 +56,6 @@ class ResNet20(LightningModule):
             value = (outputs.argmax(1) == batch[1]).float().mean()
         name = ("loss", "accuracy")[dataloader_idx]
         self.log(name, value, batch_size=len(batch[1]), sync_dist=True, add_dataloader_idx=False)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=RATE)
-
-
-# --------------------------------------------------------------------------------------------------------- what is run
 
 
 class Epoch(NamedTuple):
@@ -183,12 +89,12 @@ class Watch(Callback):
 
 def train(pipe: Connection, rank: int, size: int, name: str) -> None:
     """Train as the parent says, time after time: receives (interval, epochs), sends what each epoch gave."""
-    data = DATA[name]()
+    data = DATA[name](False)
     part = torch.utils.data.Subset(data.train, range(min(10_000, len(data.train))))  # of which the loss is taken
     while message := pipe.recv():
         interval, epochs = message
         seed_everything(0, verbose=False)
-        model, watch = ResNet20(), Watch()
+        model, watch = Evaluated(lr=RATE), Watch()
         trainer = Trainer(
             strategy=LocalSGDStrategy(interval),
             devices=1,

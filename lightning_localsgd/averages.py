@@ -90,8 +90,9 @@ class Averages:
         """Average, and start from there; return how far the replicas had moved."""
         trained, rest = self._replica.trained(), self._replica.rest()
         then = [self._landing.round(of.rates)] if self._landing.is_needed else []
-        keys = self._replica.trained_keys() if trained else self._replica.keys()
-        looks = [] if self._probe is None else [self._probe.over(keys)]
+        looks = []
+        if self._probe is not None:
+            looks = [self._probe.over(self._replica.trained_keys() if trained else self._replica.keys())]
         self._average([piece for _, _, pieces in trained for piece in pieces], of, modest, _all(looks + then))
         self._average_rest(rest, of, modest, then=None if trained else _all(looks))
         return self._seen(*self._landing.finish([parameter for _, parameter, _ in trained]))

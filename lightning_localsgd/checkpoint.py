@@ -28,6 +28,7 @@ from torch.hub import download_url_to_file
 from lightning_localsgd._lightning import after_saves
 from lightning_localsgd.header import Header
 from lightning_localsgd.intact import checksums, load
+from lightning_localsgd.rest import Rest
 
 KEY = "lightning_localsgd"  # our entry in a checkpoint
 _FOLDER = "localsgd-parts"  # Lightning reads the digits of every name that contains `ckpt_`, so ours does not
@@ -227,14 +228,20 @@ class Keeper:
         header: how the ranks hear of each other.
         first_of_host: whether this rank is the one that clears up on its host.
         part: gives this worker's part.
+        rest: returns what this worker has had of its data.
     """
 
     def __init__(
-        self, header: Header, first_of_host: bool, part: Callable[[], AbstractContextManager[dict[str, Any]]]
+        self,
+        header: Header,
+        first_of_host: bool,
+        part: Callable[[], AbstractContextManager[dict[str, Any]]],
+        rest: Callable[[], dict[str, Any]],
     ) -> None:
         self._header = header
         self._first_of_host = first_of_host
         self._part = part
+        self._rest = rest
         self._written: dict[str, Parts | None] = {}  # main files that this process wrote
 
     def serve(self, source: int, wish: Save | Remove | None, io: CheckpointIO) -> None:
@@ -252,6 +259,7 @@ class Keeper:
         order: _Order = self._header.broadcast(self._order(wish) if is_source and wish is not None else None, source)
         sees_it = is_source or _exists(order.path)
         if order.saves:
+            rest = Rest.together(self._header.gather(self._rest()), source)
             if (parts := order.parts) is not None:
                 try:
                     self._try(partial(self._write_part, parts))
@@ -259,7 +267,7 @@ class Keeper:
                     if self._first_of_host:
                         parts.remove()  # they will have no main file
                     raise
-            self._try(lambda: self._write(order, wish, io) if is_source else None)
+            self._try(lambda: self._write(order, wish, rest, io) if is_source else None)
             if not is_source:
                 self._written.pop(order.path, None)
         else:
@@ -290,9 +298,9 @@ class Keeper:
         with self._part() as part:
             parts.write(self._header.rank, part)
 
-    def _write(self, order: _Order, wish: Save | Remove | None, io: CheckpointIO) -> None:
+    def _write(self, order: _Order, wish: Save | Remove | None, rest: dict[str, Any], io: CheckpointIO) -> None:
         assert isinstance(wish, Save)
-        wish.checkpoint[KEY] |= wish.common()
+        wish.checkpoint[KEY] |= wish.common() | {"rest": rest}
         if order.parts is not None:
             wish.checkpoint[KEY] |= {"id": order.parts.id, "folder": order.parts.folder}
         io.save_checkpoint(wish.checkpoint, wish.path, storage_options=wish.options)

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 
 _OWN = {
     "env": "lightning_localsgd.environment",
+    "plan": "lightning_localsgd.plan",
     "report": "lightning_localsgd.report",
 }  # whose `main` takes the words that follow
 

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from itertools import chain, repeat
 from typing import Literal, NamedTuple, get_args
 
@@ -191,7 +192,10 @@ class Mean:
 
         def pack_(bucket: Bucket) -> None:
             with torch.profiler.record_function("localsgd::encode"):
-                torch._foreach_copy_(bucket.here, bucket.there)
+                if all(piece.dtype == bucket.values.dtype for piece in bucket.there):
+                    torch.cat(bucket.there, out=bucket.values)  # the same, sooner
+                else:
+                    torch._foreach_copy_(bucket.here, bucket.there)
                 if encode is not None:
                     encode(bucket)
 
@@ -222,7 +226,8 @@ class Mean:
     def capacity(self, total: int, itemsize: int) -> int:
         """Return the elements of a bucket, of which two are in flight: a quarter of all, unless that is too few."""
         most = int(self.bucket_mb * 2**20) // (2 * itemsize)
-        return max(1, min(most, max(-(-total // 4), _LEAST // itemsize)))
+        capacity = max(1, min(most, max(-(-total // 4), _LEAST // itemsize)))
+        return max(1, -(-total // -(-total // capacity))) if total else capacity  # all alike: no small one is left over
 
 
 class Bucket(NamedTuple):
@@ -250,10 +255,10 @@ def each_bucket(
 ) -> Iterator[Bucket]:
     """Yield buckets that cover the tensors at these places, in turns in each of ``memories``, without filling them."""
     start = 0
-    for index, cuts in enumerate(pack([tensors[place].numel() for place in places], capacity)):
+    for index, cuts in enumerate(_packed(tuple(tensors[place].numel() for place in places), capacity)):
         values = memories[index % len(memories)][: sum(cut.size for cut in cuts)]
         here = list(torch.split(values, [cut.size for cut in cuts]))
-        there = [tensors[places[cut.tensor]][cut.start : cut.start + cut.size] for cut in cuts]
+        there = [_cut(tensors[places[cut.tensor]], cut) for cut in cuts]
         yield Bucket(group, start, values, [places[cut.tensor] for cut in cuts], here, there)
         start += len(values)
 
@@ -288,6 +293,15 @@ class Cut(NamedTuple):
     tensor: int
     start: int
     size: int
+
+
+@lru_cache(8)
+def _packed(sizes: tuple[int, ...], capacity: int) -> list[list[Cut]]:
+    return list(pack(sizes, capacity))  # the same in each round
+
+
+def _cut(tensor: Tensor, cut: Cut) -> Tensor:
+    return tensor if cut.size == tensor.numel() else tensor[cut.start : cut.start + cut.size]
 
 
 def pack(sizes: Sequence[int], capacity: int) -> Iterator[list[Cut]]:

@@ -228,8 +228,8 @@ class Pace:
                 "`pace` must be 'equal' where the workers' loaders differ in (samples, batch size, drop_last, shuffle, "
                 f"seed), got on the ranks 0, 1, ...: {', '.join(map(str, told))}."
             )
-        _put(loader, Dealt(sampler, lambda: self.shares, batch, loader.drop_last))
-        undo.callback(_put, loader, sampler)  # which may be the user's own
+        put_sampler(loader, Dealt(sampler, lambda: self.shares, batch, loader.drop_last))
+        undo.callback(put_sampler, loader, sampler)  # which may be the user's own
 
     def _why_not_dealt(self, loader: Any) -> ValueError | None:
         map_style = isinstance(loader, DataLoader) and type(loader.sampler) in (DistributedSampler, Dealt)
@@ -279,7 +279,8 @@ class Pace:
         self._taken = taken
 
 
-def _put(loader: Any, sampler: Any) -> None:
+def put_sampler(loader: Any, sampler: Any) -> None:
+    """Put an index sampler in the place of a loader's own."""
     if loader.batch_sampler is not None:
         loader.batch_sampler.sampler = sampler
     vars(loader)["sampler"] = sampler  # `DataLoader.__setattr__` would refuse

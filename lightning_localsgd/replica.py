@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
@@ -45,11 +46,42 @@ def line(name: str, tensor: Tensor) -> Line:
     return Line(name, f"meta {dtype}" if tensor.is_meta else dtype, shape, strides)
 
 
+class Look:
+    """The tensors of a replica at one moment, named: first the parameters, then all others."""
+
+    def __init__(self, parameters: Named, others: Named) -> None:
+        self.parameters = list(parameters)
+        self.named = [*self.parameters, *others]
+
+    @cached_property
+    def pieces(self) -> list[list[Tensor]]:
+        """The views of each."""
+        return [
+            [_flat(x)] if x.is_contiguous() and not x.is_complex() else list(pieces(x))  # soon, and by far the most
+            for _, x in self.named
+        ]
+
+    @cached_property
+    def key(self) -> list[Any] | None:
+        """What their lines follow from, if that is easily told: it takes less time than to describe them again."""
+        names, tensors = zip(*self.named, strict=True) if self.named else ((), ())
+        try:
+            return [
+                names,
+                [x.shape for x in tensors],
+                [x.stride() for x in tensors],
+                [(type(x), x.dtype, x.layout, x.is_meta, x.requires_grad) for x in tensors],
+            ]
+        except (RuntimeError, ValueError):  # lazy or sparse
+            return None
+
+
 class Replica:
     """The parameters and buffers of a module, in the module's order, as one-dimensional views of their memory.
 
     Writing to a view changes the module in place: storage, memory format, ties and the optimizer's references stay.
-    Buffers may be rebound by the user, so the list is made anew by each call.
+    Buffers may be rebound by the user, so the list is made anew by each call, but for those between :meth:`hold` and
+    :meth:`let_go`.
 
     Args:
         module: a module whose tensors are dense (strided).
@@ -74,7 +106,25 @@ class Replica:
         self._resting: set[str] = set()  # parameters that were frozen when this round began
         self._frozen_digest: tuple[list[tuple[str, int, int]], int] = [], 0  # of which tensors, and what it is
         self._payload: tuple[Any, tuple[int, int]] = None, (0, 0)  # of which tensors, and what it is
+        self._layout: tuple[Any, int] = None, 0  # likewise
+        self._key: list[Any] | None = None  # of the last look
+        self._held: Look | None = None
         self._finiteness = Finiteness()
+
+    def hold(self) -> None:
+        """From now on the tensors are those that the module has now: nobody can rebind them before :meth:`let_go`."""
+        self._held = self._now_there()
+
+    def let_go(self) -> None:
+        """No longer."""
+        self._held = None
+
+    def _look(self) -> Look:
+        return self._held or self._now_there()
+
+    def _now_there(self) -> Look:
+        others = chain(self._iterates(), self._module.named_buffers())
+        return Look(self._module.named_parameters(), others)
 
     def begin_round(self) -> None:
         """Take note of which parameters are frozen, and which are trained, now that all replicas are equal."""
@@ -87,7 +137,7 @@ class Replica:
 
     def _now(self) -> tuple[set[str], set[str]]:
         resting, trained = set(), set()
-        for name, tensor in self._module.named_parameters():
+        for name, tensor in self._look().parameters if self._skip_frozen or self._has_anchor else ():
             if not tensor.requires_grad:
                 resting.add(name)
             elif tensor.is_floating_point() or tensor.is_complex():
@@ -96,25 +146,28 @@ class Replica:
 
     def trained(self) -> list[Trained]:
         """Return the parameters that were trained in this round, for which there is an anchor."""
-        parameters = self._module.named_parameters()
-        return [(name, tensor, list(pieces(tensor))) for name, tensor in parameters if name in self._trained]
+        if not self._trained:
+            return []
+        look = self._look()
+        of = zip(look.parameters, look.pieces, strict=False)  # the first ones
+        return [(name, tensor, pieces) for (name, tensor), pieces in of if name in self._trained]
 
     def rest(self) -> list[Tensor]:
         """Return views of all others that an average sends."""
-        return [
-            piece
-            for name, tensor in self._named()
-            if not (name in self._trained or self._rests(name, tensor))
-            for piece in pieces(tensor)
-        ]
+        return self._pieces(lambda name, tensor: not (name in self._trained or self._rests(name, tensor)))
 
     def tensors(self) -> list[Tensor]:
         """Return views (one-dimensional each) that together cover every parameter and buffer once."""
-        return [piece for _, tensor in self._named() for piece in pieces(tensor)]
+        return self._pieces(lambda name, tensor: True)
 
     def sent(self) -> list[Tensor]:
         """Return the same views for the tensors that an average sends: all, but for what is frozen and skipped."""
-        return [piece for name, tensor in self._named() if not self._rests(name, tensor) for piece in pieces(tensor)]
+        return self._pieces(lambda name, tensor: not self._rests(name, tensor))
+
+    def _pieces(self, wanted: Callable[[str, Tensor], bool]) -> list[Tensor]:
+        look = self._look()
+        of = zip(look.named, look.pieces, strict=True)
+        return [piece for (name, tensor), pieces in of if wanted(name, tensor) for piece in pieces]
 
     def keys(self) -> list[tuple[str, int] | None]:
         """Name those of :meth:`sent` that are trained: the parameter, and which piece of its memory."""
@@ -195,11 +248,24 @@ class Replica:
         return lines
 
     def layout(self) -> int:
-        """Return a number that two replicas share if their lines are equal."""
-        return zlib.crc32(repr([tuple(line) for line in self.lines()]).encode())
+        """Return a number that two replicas share if their lines are equal; it is made anew where these may differ."""
+        key, resting, trained = self._see(), self._resting, self._trained
+        if key is None or self._layout[0] != (key, resting, trained):
+            layout = zlib.crc32(repr([tuple(line) for line in self.lines()]).encode())
+            self._layout = (key, resting, trained), layout
+        return self._layout[1]
+
+    def _see(self) -> list[Any] | None:
+        """Return the key of the tensors, the same object as long as it does not change: soon compared."""
+        key = self._look().key
+        if key is None or key != self._key:
+            self._key = key
+        return self._key
 
     def frozen_digest(self) -> int:
         """Return a digest of what is not sent, or 0; it is made anew when one of these tensors has been written to."""
+        if not self._resting:
+            return 0
         resting = {name: tensor for name, tensor in self._named() if self._rests(name, tensor)}
         key = [(name, tensor.data_ptr(), tensor._version) for name, tensor in resting.items()]
         if key != self._frozen_digest[0]:
@@ -220,9 +286,10 @@ class Replica:
 
     def examine(self) -> Finding:
         """Look for elements that are not finite in what is sent."""
-        return self._finiteness.examine(
-            [(name, tensor) for name, tensor in self._named() if not self._rests(name, tensor)]
-        )
+        named = self._named()
+        if self._resting:
+            named = [(name, tensor) for name, tensor in named if not self._rests(name, tensor)]
+        return self._finiteness.examine(named, self.sent(), (self._see(), self._resting))
 
     def name(self, place: int) -> str:
         """Return the name of the tensor at this place, from 1, of those that :meth:`examine` looks at."""
@@ -266,8 +333,8 @@ class Replica:
     def _rests(self, name: str, tensor: Tensor) -> bool:
         return name in self._resting and not tensor.requires_grad
 
-    def _named(self) -> Named:
-        return chain(self._module.named_parameters(), self._iterates(), self._module.named_buffers())
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return self._look().named
 
 
 def difference(one: list[Line], other: list[Line]) -> str:
@@ -368,13 +435,17 @@ def _digest(tensors: Iterable[Tensor]) -> int:
     return int.from_bytes(hashed.digest()[:8], "big") >> 1
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.ndim == 1 else tensor.detach().view(-1)
+
+
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield one-dimensional views that cover the memory of ``tensor`` once, whatever its memory format."""
     view = tensor.detach()
     if view.is_complex():
         view = torch.view_as_real(view)
-    if view.is_contiguous():  # by far the most
-        yield view.view(-1)
+    if view.is_contiguous():
+        yield _flat(view)
         return
     for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
         if stride == 0 and size > 1:  # expanded: all these elements are one

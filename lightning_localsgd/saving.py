@@ -31,6 +31,7 @@ from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import load_as_it_was, mean_state
 from lightning_localsgd.outer import OuterStep
 from lightning_localsgd.pace import Proportional
+from lightning_localsgd.rest import Rest
 from lightning_localsgd.resume import Fit, all_go_on_from, read_part
 from lightning_localsgd.schedule import Schedule
 from lightning_localsgd.worker import OptimizerState, Worker
@@ -55,6 +56,7 @@ class Keeps(_Base):
     _keeper: Keeper
     _worker: Worker | None  # of the fit in progress
     _last: Worker | None  # of the last fit, for a checkpoint that is saved after it
+    _rest: Rest | None  # follows what is had of its data
     _fit: Fit | None  # follows the fit in progress, where checkpoints are exact
     _pacing: "_lightning.Pacing | None"
     _running: bool  # between `on_train_start` and `on_train_end`, where every collective has a header
@@ -77,6 +79,12 @@ class Keeps(_Base):
         if self._worker is None:
             raise RuntimeError("There is a worker only during `fit`.")
         return self._worker
+
+    @property
+    def rest(self) -> Rest:
+        """What this worker has had of an epoch's data, during ``fit``."""
+        assert self._rest is not None
+        return self._rest
 
     @property
     def _trainer(self) -> Trainer:
@@ -197,6 +205,7 @@ class Keeps(_Base):
                 "worker": state,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "fit": self._fit.state(),
+                "rest": self.rest.own_state(),
             } | ({"pace": self._pacing.state()} if self._pacing is not None else {})
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -230,6 +239,8 @@ class Keeps(_Base):
         elif part is not None and all_go_on_from(part, checkpoint, path, self._setting(), self._trainer, self._talk()):
             checkpoint |= part["fit"]["lightning"] | {"optimizer_states": part["optimizers"]}
             self._part, self._resumed = part, entry | {"clock": part["worker"]["clock"]}
+        elif "cuts" in (rest := self._resumed.get("rest", {})):
+            _lightning.put_between_batches(checkpoint, rest["back"], rest["logged"])
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

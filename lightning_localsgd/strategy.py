@@ -38,6 +38,7 @@ from lightning_localsgd.outer import OuterStep
 from lightning_localsgd.pace import Pace, Proportional
 from lightning_localsgd.progress import Measured
 from lightning_localsgd.replica import Replica
+from lightning_localsgd.rest import Rest
 from lightning_localsgd.resume import Fit
 from lightning_localsgd.rounds import Listener, Round, Rounds
 from lightning_localsgd.saving import Keeps
@@ -194,6 +195,7 @@ class LocalSGD(Keeps):
         self._header: Header | None = None
         self._links: AllLinks | None = None
         self._worker: Worker | None = None  # of the fit in progress
+        self._rest: Rest | None = None  # follows what is had of its data
         self._fit: Fit | None = None  # follows it, where checkpoints are exact
         self._pace: Pace | None = None  # of this worker, where the paces differ
         self._pacing: _lightning.Pacing | None = None  # leads Lightning's loops by it
@@ -259,6 +261,9 @@ class LocalSGD(Keeps):
         Replica(self.lightning_module).lines()  # raises if there is a tensor that has no mean
         # Before the optimizers are made: whoever asks `estimated_stepping_batches` there makes the loaders, too.
         self._undo.enter_context(_lightning.attach(trainer, self))
+        stepped = self._part.get("rest", 0) if self._part else None
+        self._rest = Rest(trainer, self.global_rank, self.world_size, self._resumed.get("rest"), stepped)
+        self._undo.callback(self._rest.leave)
         if self._exact:
             self._fit = Fit(trainer, self.root_device, self._part["fit"] if self._part else None)
             self._undo.callback(self._fit.leave)
@@ -305,7 +310,7 @@ class LocalSGD(Keeps):
         assert module is not None
         header = self._talk()
         header.open_board(self._signals)
-        self._keeper = Keeper(header, self.local_rank == 0, self._own_part)
+        self._keeper = Keeper(header, self.local_rank == 0, self._own_part, lambda: self.rest.state())
         optimizers = Optimizers(module, getattr(self.precision_plugin, "scaler", None))
         if self.outer is not None and self.outer.offload and self.root_device.type == "cpu":
             raise ValueError("`offload` must be False where the model is in main memory, got True.")
@@ -411,7 +416,7 @@ class LocalSGD(Keeps):
             self._worker.landing.rest()
             self._worker.averages.rest()
             self._last = self._worker
-        self._worker, self._fit, self._running, self._is_set_up = None, None, False, False
+        self._worker, self._rest, self._fit, self._running, self._is_set_up = None, None, None, False, False
         self._pace, self._pacing = None, None
         self._resumed, self._part, self._averages, self._listeners = {}, None, [], []
         if isinstance(self.model, DistributedDataParallel):
@@ -477,6 +482,7 @@ class LocalSGD(Keeps):
         self.worker.restart(clock, measured, resumed.get("landing", {}))
         if self._pacing is not None:
             self._pacing.restart()
+        self.rest.restart()
         self._drop_reducer()
         self._reduces_all = True
 
@@ -551,6 +557,7 @@ class LocalSGD(Keeps):
 
     def _end_step(self) -> None:
         self._optimizer_stepped = False
+        self.rest.note_step()
         self.worker.end_step()
         self._leave_reducer()
         if _lightning.is_last_batch(self._trainer):
@@ -566,6 +573,9 @@ class LocalSGD(Keeps):
         if self._pace is not None:
             _lightning.require_one_loader(self._trainer)
         if self._fit is not None:
+            self._fit.leave()  # whose hold on the loader is the outer one
+        self.rest.follow()
+        if self._fit is not None:
             self._fit.follow()
 
     def starts_epoch(self) -> bool:
@@ -573,8 +583,10 @@ class LocalSGD(Keeps):
         taken_up = self._fit is not None and self._fit.is_taken_up and not goes_on
         if self._fit is not None:
             self._fit.starts_epoch()
+        if not self.rest.starts_epoch():
+            return False
         if "steps_left" in self.schedule.needs:
-            self._expected_steps = self.worker.clock.step + _lightning.steps_left(self._trainer)
+            self._expected_steps = self.worker.clock.step + _lightning.steps_left(self._trainer, self.rest.ahead)
         decision = self.worker.ask(Want.EPOCH)
         if self.worker.averages_gradients:
             self._require_no_lbfgs()
@@ -590,7 +602,7 @@ class LocalSGD(Keeps):
         return decision.want is Want.EPOCH
 
     def finds_its_place(self) -> bool:
-        return self._fit is not None and self._fit.finds_its_place
+        return self.rest.goes_on or (self._fit is not None and self._fit.finds_its_place)
 
     def starts_batches(self) -> None:
         if self._fit is not None:
@@ -600,6 +612,7 @@ class LocalSGD(Keeps):
 
     def before_batch(self) -> bool:
         worker = self.worker
+        self.rest.before_batch()
         if self._fit is not None and not self._fit.before_batch():
             self._end_due_round()
             return False
@@ -608,6 +621,7 @@ class LocalSGD(Keeps):
             worker.ask(Want.SIGNAL)
         if self._pacing is not None:
             self._pacing.before_batch()
+        self.rest.begins_batch()
         return True
 
     def after_batch(self) -> None:
@@ -627,6 +641,7 @@ class LocalSGD(Keeps):
                 self._pacing.follow()
 
     def ends_epoch(self) -> None:
+        self.rest.ends_epoch()
         if self._fit is not None:
             self._fit.ends_epoch()
         step = self.worker.end_pass()

@@ -214,8 +214,11 @@ class Worker:
 
     def ask(self, want: Want, detail: int = 0) -> Decision:
         """Send headers, and take part in what the others want, until this worker's own want is served."""
-        with self.measured.pause(), self._header.telling():
-            return self._ask(want, detail)
+        try:
+            with self.measured.pause(), self._header.telling():
+                return self._ask(want, detail)
+        finally:
+            self.replica.let_go()
 
     def _ask(self, want: Want, detail: int) -> Decision:
         if want in (Want.ROUND, Want.OVER, Want.LEAVE):
@@ -228,7 +231,8 @@ class Worker:
                 self._plan(decision)
             if decision.want is Want.ROUND or (decision.want is Want.OVER and decision.unanimous):
                 self._end_round(decision)
-                message = self._message(want, detail)
+                if not asked:
+                    message = self._message(want, detail)
             elif decision.want is Want.VALIDATE and not decision.unanimous:
                 self._put_off_validation(decision)
             elif decision.want is Want.SIGNAL:
@@ -250,6 +254,8 @@ class Worker:
         """Say what this worker wants; its replica does not change while it waits for it."""
         offers = want.offers_replica and not self.alone
         counts = want.offers_replica and (self.stepped or self.touched or self.is_aloft or want is Want.LEAVE)
+        if offers:
+            self.replica.hold()
         bad, self._modest = self.replica.examine() if counts else (0, False)
         return Message(
             want,
@@ -313,6 +319,7 @@ class Worker:
             self._act_on_known_signals()
 
     def _act_on_known_signals(self) -> None:
+        self.replica.let_go()
         signals, self.known_signals = self.known_signals, 0
         if signals:
             self._act(signals)

@@ -104,8 +104,90 @@ assert (len(train), len(test)) == (1198, 599)
 """
 
 
+BESIDE = """
+import math
+from peers import NETWORKS, Average, Costs, Job, Note, fastest, row, table, averages_the_same
+from scale import HEADER, Fit, errors, fit, table_of_fit, table_of_many
+
+# The slowest worker counts, the first average does not; ratios are within a repeat: 2 / 1, 6 / 2, 4 / 4.
+def turn(*seconds, at=0.0):
+    ones = [[Average(0.0, 9.0, 1 << 20), Average(1.0, s, 2 << 20), Average(1.0, s, 1 << 20)] for s in seconds]
+    return {name: [Note(s, 10**6, averages, 0.25, 0.5, 0.9) for s, averages in zip(seconds, ones)] for name in NETWORKS}
+
+ours, slow, peer = "ours", "accelerate `LocalSGD`", "torch `PeriodicModelAverager`"
+costs = Costs(
+    {ours: [turn(1.0, 2.0), turn(6.0, 5.0), turn(4.0, 4.0)], slow: [turn(7.0, 8.0)] * 3,
+     peer: [turn(1.0, 0.5), turn(2.0, 2.0), turn(3.0, 4.0)]},
+    {ours: turn(1.0, 1.0), slow: turn(1.0, 1.0), peer: turn(1.0, 1.0)},
+    {"torchft `DiLoCo`": "none"},
+)
+assert fastest(costs, "8 large tensors", lambda way: True) == peer
+assert fastest(costs, "8 large tensors", lambda way: way == slow) == slow
+of = row(costs, "8 large tensors", ours)
+assert (of.seconds, of.average, of.to_fastest, of.bytes, of.memory, of.accuracy) == (4.0, 4.0, 2.0, 10**6, 2 << 20, 0.9)
+assert math.isclose(of.blocked, (9 + 2 * 4 + 2) / 3)
+assert row(costs, "8 large tensors", peer).to_fastest == 1.0
+assert averages_the_same(ours, "BatchNorm") and not averages_the_same(peer, "BatchNorm")
+assert row(costs, "BatchNorm", ours).to_fastest is None  # no peer averages the buffers
+printed = table(2, costs, ["BatchNorm"])
+assert f"| {peer} | parameters | 2.00 | 5000.0 | 2000.0 |  | 1.0 | 2.0 | 0.25 (0.5) | 90.0 |" in printed, printed
+assert printed.endswith("not measured: torchft `DiLoCo`: none")
+sizes = {name: [parameter.numel() for parameter in make().parameters()] for name, make in NETWORKS.items()}
+assert [len(of) for of in sizes.values()] == [8, 2000, 10]
+assert [sum(of) for of in sizes.values()] == [2_176_010, 1_056_298, 303_114]
+
+# What is timed is what averages: calls 4, 8, ... or 1, 5, ... of 4 in a round, or all.
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for first, due in (4, 2), (1, 3), (None, 10):
+    job, calls = Job("BatchNorm", 0, 1, False, 4, True), []
+    average = job.timed(lambda x, y=0: calls.append(x) or x + y, first)
+    assert [average(x, y=1) for x in range(10)] == list(range(1, 11)) and calls == list(range(10))
+    assert len(job.averages) == due and all(one.memory >= 0 for one in job.averages)
+job.loop(job.network, job.sgd())
+note = job.note()
+assert note.seconds > 0 and note.spread == note.spread_of_buffers == 0 and 0.05 < note.accuracy < 0.9
+
+known = Fit(alpha=0.002, beta=1e-7)
+assert math.isclose(known.ring(4, 4e6), 6 * 0.002 + 1.5 * 0.4) and known.header(4) == 0.006
+assert math.isclose(known.tree(1000, 1e6), 2 * 10 * 0.002 + 0.2)
+seconds = {(size, mb): known.ring(size, mb * 1e6) for size in (2, 4, 8) for mb in (0.1, 1.0)}
+found = fit(seconds | {(2, HEADER): 0.004})
+assert math.isclose(found.alpha, 0.002) and math.isclose(found.beta, 1e-7)
+off = errors(found, seconds | {(2, HEADER): 0.004})
+assert math.isclose(off.pop((2, HEADER)), -0.5) and all(abs(error) < 1e-9 for error in off.values())
+assert fit({(2, 1.0): 1.0, (2, 2.0): 3.0}).alpha == 0  # not below
+printed = table_of_fit({place: [0.5 * s, s, 9 * s] for place, s in seconds.items()}, found, 80)
+assert "| 4 | 1 | 162.0 | 81.0 to 1458.0 | 162.0 | +0 % |" in printed, printed
+assert "(80.0 Mbit/s, of links of 80)" in printed and "fitted without 8 workers, these by 0.0 %" in printed, printed
+assert "| 1 | 0 | 64 | 0.45 | 0.13 | 0.22 |" in table_of_many(found, [1], [0, 10])
+"""
+
+
 def test_the_parts_of_what_is_measured_on_links():
     ok(sys.executable, "-c", FAST, cwd=BENCHMARKS)
+
+
+def test_the_parts_of_what_is_measured_beside_others():
+    ok(sys.executable, "-c", BESIDE, cwd=BENCHMARKS)
+
+
+@pytest.mark.soak
+def test_what_is_measured_beside_others_runs():
+    printed = ok(sys.executable, BENCHMARKS / "peers.py", "--quick", "--networks", "BatchNorm")
+    ways = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
+    missing = [line for line in printed.splitlines() if line.startswith("not measured: ")]
+    assert {"ours", "DDP", "torch `PeriodicModelAverager`"} <= set(ways), printed
+    assert len(ways) + len(missing) == 1 + 12, printed
+
+
+@pytest.mark.soak
+def test_the_cost_of_more_workers_is_measured():
+    if not may_make_hosts():
+        pytest.skip("needs root, ip and tc")
+    printed = ok(sys.executable, BENCHMARKS / "scale.py", "--quick")
+    assert "| 4 | 0.5 | " in printed, printed
+    assert "| 400 | 10 | 4096 | " in printed, printed
 
 
 @pytest.mark.soak
@@ -121,7 +203,7 @@ def test_the_parts_without_a_network():
     ok(sys.executable, "-c", PARTS, cwd=BENCHMARKS)
 
 
-@pytest.mark.parametrize("script", ["slow_link", "comm_budget", "paper", "network", "accuracy"])
+@pytest.mark.parametrize("script", ["slow_link", "comm_budget", "paper", "network", "accuracy", "scale"])
 def test_a_machine_without_the_tools_is_told_what_they_are(script):
     printed = ok(which("env"), "PATH=/nowhere", sys.executable, BENCHMARKS / f"{script}.py", "--quick")
     assert printed == "skipped: this needs Linux, root, and `ip` and `tc` (Debian: apt-get install iproute2)\n"

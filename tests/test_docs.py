@@ -468,7 +468,8 @@ def undocumented(what: type) -> list[str]:
     return [
         name
         for name, those in found.items()
-        if isinstance(those[0], spoken) and not any(isinstance(each, spoken) and each.__doc__ for each in those)
+        # What a base has as a plain attribute, the base explains as a whole.
+        if all(isinstance(each, spoken) for each in those) and not any(each.__doc__ for each in those)
     ]
 
 
@@ -501,7 +502,7 @@ _TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 
 def rows():
     for line in (DOCS / "what-works.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        cells = [cell.strip() for cell in re.split(r" \|(?= )", line.strip("|"))]
         if line.startswith("|") and not set(line) <= set("|-") and cells[0] != "feature":
             yield cells
 

@@ -35,6 +35,15 @@ def test_packing_covers_every_element_exactly_once(sizes, capacity):
     assert elements == [(tensor, i) for tensor, size in enumerate(sizes) for i in range(size)]
 
 
+@given(st.integers(0, 2**26), st.floats(0.01, 100))
+def test_no_small_bucket_is_left_over(total, bucket_mb):
+    capacity = Mean(bucket_mb).capacity(total, 4)
+    assert 1 <= capacity <= max(1, bucket_mb * 2**20 / 4 / 2)
+    buckets = math.ceil(total / capacity)
+    assert buckets * capacity - total < max(1, buckets)
+    assert total <= 2**20 or buckets <= max(4, math.ceil(total / (bucket_mb * 2**20 // 8)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 37, 500])
 def test_shares_of_equal_numbers_sum_to_it_in_any_order(dtype, count):

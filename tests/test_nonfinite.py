@@ -1,5 +1,6 @@
 """Replicas with NaN or infinite values: found before anything is sent, and never in a mean."""
 
+import copy
 import math
 import os
 import warnings
@@ -11,6 +12,7 @@ from torch import nn
 
 from lightning_localsgd import LocalSGDStrategy, Mean
 from lightning_localsgd.finite import Finiteness
+from lightning_localsgd.replica import Replica, pieces
 from tests.models import Constant, Trajectory, loader, rank, trainer
 from tests.workers import run_workers
 
@@ -18,7 +20,12 @@ from tests.workers import run_workers
 
 
 def examine(finiteness, **tensors):
-    return finiteness.examine(tensors.items())
+    views = [view for tensor in tensors.values() for view in pieces(tensor)]
+    other = copy.deepcopy(finiteness)
+    found = finiteness.examine(tensors.items())
+    assert other.examine(tensors.items(), views) == found  # with a first look at all of them together
+    assert other._once_finite == finiteness._once_finite
+    return found
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -61,6 +68,28 @@ def test_what_a_module_is_made_with_is_no_fault():
     assert examine(finiteness, mask=larger, lowest=lowest, frozen=frozen) == (0, False)
     lowest.fill_(math.nan)  # it has been finite, so this is new
     assert examine(finiteness, mask=larger, lowest=lowest, frozen=frozen) == (2, False)
+
+
+def test_one_bad_element_is_found_among_many_small_tensors():
+    sizes = torch.randint(0, 3000, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    module = nn.ParameterList(torch.ones(size) for size in [*sizes, 100_000, 1, 70_000, 0])
+    module.register_buffer("count", torch.tensor(3))
+    replica = Replica(module)
+    assert replica.examine() == (0, True)
+    for place, tensor in enumerate(module.parameters(), start=1):
+        for element in {0, tensor.numel() - 1} if tensor.numel() else ():
+            tensor.data[element] = math.nan
+            assert replica.examine() == (place, False)
+            tensor.data[element] = 1
+    tensor.data = torch.tensor([math.nan])
+    assert replica.examine() == (204, False)  # what is rebound is seen
+    module.count = torch.full((2,), math.nan)
+    tensor.data = torch.ones(2)
+    assert replica.examine() == (0, False)  # a float buffer now, which has never been finite
+    module.count.fill_(1)
+    assert replica.examine() == (0, True)
+    module.count.fill_(math.nan)
+    assert replica.examine() == (205, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- raise

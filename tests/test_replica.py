@@ -39,6 +39,41 @@ def test_restore_puts_every_bit_back_but_what_the_user_wrote_into_buffers():
         assert torch.equal(value, expected), name
 
 
+def test_the_layout_is_that_of_now():
+    module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
+    replica = Replica(module, skip_frozen=True, has_anchor=True)
+    replica.begin_round()
+    seen = [replica.layout()]
+
+    def change(what):
+        what()
+        fresh = Replica(module, skip_frozen=True, has_anchor=True)
+        fresh._resting, fresh._trained = replica._resting, replica._trained
+        assert replica.layout() == fresh.layout() == replica.layout()
+        seen.append(replica.layout())
+
+    change(lambda: setattr(module[1], "running_mean", torch.zeros(5)))
+    change(lambda: setattr(module[1], "running_mean", torch.zeros(5).double()))
+    change(lambda: module.to(memory_format=torch.channels_last))
+    change(lambda: (module[0].weight.requires_grad_(False), replica.begin_round()))
+    change(lambda: module[0].weight.requires_grad_(True))
+    change(lambda: replica.begin_round())
+    assert seen.pop() == seen[3]  # with that weight as it was before
+    change(lambda: setattr(module[0].weight, "data", module[0].weight.data.transpose(2, 3)))
+    change(lambda: module.register_buffer("more", torch.zeros(1)))
+    assert len(set(seen)) == len(seen), seen
+
+
+def test_between_hold_and_let_go_the_tensors_stay():
+    module = nn.BatchNorm1d(2)
+    replica = Replica(module)
+    replica.hold()
+    old, module.running_mean = module.running_mean, torch.ones(3)
+    assert any(view.data_ptr() == old.data_ptr() for view in replica.sent())
+    replica.let_go()
+    assert any(view.data_ptr() == module.running_mean.data_ptr() for view in replica.sent())
+
+
 def test_restore_before_mark_puts_everything_back():
     module = Everything()
     replica, before = Replica(module), values(module)

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_localsgd._lightning.callbacks import is_a
 from lightning_localsgd._lightning.loops import of
 
+_COUNTS = ("ready", "started", "processed", "completed")
+
 
 class Stage(Enum):
     """Where a fit is when a checkpoint is saved."""
@@ -151,20 +153,36 @@ def is_last_batch(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
-def steps_left(trainer: Trainer) -> float:
-    """Return how many steps the fit will take from here on, of which the optimizers take one each; or NaN."""
+def steps_left(trainer: Trainer, ahead: int = 0) -> float:
+    """Return how many steps the fit will take from here on, of which the optimizers take one each; or NaN.
+
+    Args:
+        trainer: whose fit it is.
+        ahead: what :func:`steps_ahead` returned when the number of workers changed.
+    """
     if trainer.lightning_module.automatic_optimization:
         try:
             total = trainer.estimated_stepping_batches
         except Exception:  # with `GradientAccumulationScheduler` Lightning refuses to say
             return math.nan
-        done = trainer.global_step
+        done = trainer.global_step - (0 if total == trainer.max_steps else ahead)
     elif trainer.max_steps == -1 and (trainer.max_epochs or -1) > 0:  # `max_steps` counts each optimizer's
         total = trainer.num_training_batches * (trainer.max_epochs or 0)
-        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1 - ahead
     else:
         return math.nan
     return float(total - done) if math.isfinite(total) else math.nan
+
+
+def steps_ahead(trainer: Trainer) -> int:
+    """Return by how much the steps so far are more than they would be with as many workers from the start."""
+    whole, here = trainer.num_training_batches, batches(trainer) if in_epoch(trainer) else 0
+    if not math.isfinite(whole):
+        return 0
+    if not trainer.lightning_module.automatic_optimization:
+        return int(trainer.fit_loop.epoch_loop.total_batch_idx + 1 - epoch(trainer) * whole - here)
+    accumulate = trainer.accumulate_grad_batches
+    return trainer.global_step - epoch(trainer) * math.ceil(whole / accumulate) - math.ceil(here / accumulate)
 
 
 def fetched(trainer: Trainer) -> tuple[dict[str, Any], str | None]:
@@ -181,11 +199,15 @@ def fetched(trainer: Trainer) -> tuple[dict[str, Any], str | None]:
     return state, None
 
 
-def set_sampler_epochs(trainer: Trainer) -> None:
-    """Tell the samplers the epoch before an iterator is made; Lightning does after."""
-    loop: Any = trainer.fit_loop
+def set_sampler_epochs(trainer: Trainer, number: int | None = None) -> None:
+    """Tell the samplers the epoch before an iterator is made; Lightning does after.
+
+    Args:
+        trainer: whose loaders they are of.
+        number: of the epoch, if Lightning does not know it yet.
+    """
     for loader in loaders(trainer):
-        of(trainer, "loops.fit_loop")._set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+        of(trainer, "loops.fit_loop")._set_sampler_epoch(loader, epoch(trainer) if number is None else number)
 
 
 def take_up_epoch_end(trainer: Trainer, stage: Stage, state: dict[str, Any]) -> None:
@@ -196,7 +218,7 @@ def take_up_epoch_end(trainer: Trainer, stage: Stage, state: dict[str, Any]) -> 
     if stage is Stage.EPOCH_END and loop.epoch_loop._num_ready_batches_reached():
         loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
     if stage is not Stage.EPOCH_START:
-        _forget_resuming(trainer)
+        forget_resuming(trainer)
 
 
 def take_up_batches(trainer: Trainer, state: dict[str, Any], find_places: Callable[[], None]) -> None:
@@ -229,18 +251,78 @@ def take_up_batch(trainer: Trainer, stage: Stage) -> bool:
     """
     if stage in (Stage.IN_BATCH, Stage.VALIDATION):
         return True  # as Lightning does it
-    _forget_resuming(trainer)
+    forget_resuming(trainer)
     if stage is Stage.DATA_OVER:
         raise StopIteration
     trainer.fit_loop.epoch_loop._skip_next_val = stage is Stage.VALIDATION_END
     return stage not in (Stage.BATCH_END, Stage.VALIDATION_END)
 
 
-def _forget_resuming(trainer: Trainer) -> None:
+def forget_resuming(trainer: Trainer) -> None:
     """What follows is done as if there had been no stop."""
     loop = trainer.fit_loop
     for one in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         one._restarting = one._loaded_from_state_dict = one._resuming_from_checkpoint = False
+
+
+def epoch(trainer: Trainer) -> int:
+    """Return the number of the epoch that Lightning is in, or will be."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
+
+
+def in_epoch(trainer: Trainer) -> bool:
+    """Whether the data of an epoch is being used."""
+    return stage(trainer, waits=False, validates=False).in_epoch
+
+
+def batches(trainer: Trainer) -> int:
+    """Return how many batches of this epoch there have been, with the one that is being trained on."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def set_batches(trainer: Trainer, count: int) -> None:
+    """Let Lightning count the batches of this epoch from there on."""
+    _set_counts(trainer.fit_loop.epoch_loop.batch_progress.current, count)
+
+
+def _set_counts(counts: Any, count: int) -> None:
+    for name in _COUNTS:
+        setattr(counts, name, count)
+
+
+def put_between_batches(checkpoint: dict[str, Any], back: int, logged: int) -> None:
+    """Change the loops in a checkpoint from wherever they were in the midst of an epoch to between two batches.
+
+    Args:
+        checkpoint: as it was loaded.
+        back: so many batches earlier, which have left no trace.
+        logged: the step by which loggers are to count.
+    """
+    fit = checkpoint["loops"]["fit_loop"]
+    progress = fit["epoch_loop.batch_progress"]
+    for which in ("total", "current"):
+        progress[which] = dict.fromkeys(_COUNTS, progress[which]["ready"] - back)
+    progress["is_last_batch"] = False
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = logged
+
+
+def begins_next_epoch(trainer: Trainer, steps_schedulers: bool) -> bool:
+    """Leave the epoch that is taken up, in which nothing is left to do, without its hooks; return whether one comes.
+
+    Args:
+        trainer: whose fit it is.
+        steps_schedulers: whether the learning rates that step at the end of an epoch have not.
+    """
+    loop: Any = trainer.fit_loop
+    if steps_schedulers:
+        loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+    loop.epoch_progress.increment_processed()
+    loop.epoch_progress.increment_completed()
+    forget_resuming(trainer)
+    if hasattr(loop, "reset_restart_stage"):  # since lightning 2.5.1
+        loop.reset_restart_stage()
+    return not loop.done
 
 
 def logged_step(trainer: Trainer) -> int:

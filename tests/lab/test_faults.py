@@ -22,7 +22,7 @@ from tests.lab.faulty import PHASES, process
 
 TIMEOUT = 6.0  # the strategy's, here
 GRACE = 8.0  # seconds for a process to end once it has given up; the machine is busy with the other cells
-BEFORE = ("full disk", "read-only", "port in use", "no such name", "one is missing")  # so before anything has begun
+BEFORE = ("full disk", "read-only", "vanished", "port in use", "no such name", "one is missing")  # so from the start
 LISTENS = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_localsgd", "tests.lab.faulty"])
@@ -102,6 +102,8 @@ def inflict(pair, fault, processes, saves):
         mount(saves, "size=300k")
     elif fault.what == "read-only":
         mount(saves, "ro")
+    elif fault.what == "vanished":
+        saves.symlink_to(saves.with_name("gone"))
     elif fault.what == "port in use":
         pair.lab.hosts[pair.first].start(sys.executable, "-c", LISTENS)
         time.sleep(2)
@@ -179,6 +181,7 @@ CELLS = [
     *(Fault(what, phase) for what in ("cut off", "stalled") for phase in PHASES),
     Fault("full disk", "save"),
     Fault("read-only", "save"),
+    Fault("vanished", "save"),
     *(Fault(what, "start") for what in ("port in use", "no such name", "one is missing")),
 ]
 NO_FAULTS = [Fault("none", "local step"), Fault("cut off for 2 s", "average")]
