@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser
 
 import lightning_localsgd
 from lightning_localsgd import Every, LocalSGDStrategy, Schedule
+from lightning_localsgd._lightning.loops import Hooks
 from lightning_localsgd.cli import _OWN, CLI
 from lightning_localsgd.header import LEFT, _stopped
 from tests.models import Regression, loader
@@ -289,7 +290,11 @@ def check_ours(words, shown):
 
 def check_torchrun(words, shown):
     options = get_args_parser().parse_args(words)
-    if options.module:
+    if options.no_python:  # a line for a shell, which fills in what torchrun has found
+        _, inner = options.training_script_args
+        first, *rest = shlex.split(re.sub(r"\$\w+", "2", inner).removeprefix("exec "))
+        CHECKS[first](rest, shown)
+    elif options.module:
         assert options.training_script == "lightning_localsgd"
         check_ours(options.training_script_args, shown)
     else:
@@ -461,9 +466,11 @@ def is_ours(what: object) -> bool:
 
 
 def undocumented(what: type) -> list[str]:
-    """Return each public method and property that our code gives a class, and that neither it nor its bases explain."""
-    ours = {name for of in what.__mro__ if is_ours(of) for name in vars(of) if name[0] != "_"}
-    found = {name: [vars(of)[name] for of in what.__mro__ if name in vars(of)] for name in sorted(ours)}
+    """Return each public method and property of a class that neither it nor its bases explain, and no other package has."""
+    bases = [*what.__mro__, Hooks]  # which the strategy implements without a word
+    ours = {name for of in bases if is_ours(of) for name in vars(of) if name[0] != "_"}
+    theirs = {name for of in bases if not is_ours(of) for name in vars(of)}
+    found = {name: [vars(of)[name] for of in bases if name in vars(of)] for name in sorted(ours - theirs)}
     spoken = (FunctionType, property, classmethod, staticmethod)
     return [
         name
