@@ -466,7 +466,7 @@ def is_ours(what: object) -> bool:
 
 
 def undocumented(what: type) -> list[str]:
-    """Return each public method and property of a class that neither it nor its bases explain, and no other package has."""
+    """Return each public method and property of a class that no base explains, and no other package has."""
     bases = [*what.__mro__, Hooks]  # which the strategy implements without a word
     ours = {name for of in bases if is_ours(of) for name in vars(of) if name[0] != "_"}
     theirs = {name for of in bases if not is_ours(of) for name in vars(of)}
