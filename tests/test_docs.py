@@ -414,6 +414,13 @@ def test_every_page_is_in_the_contents():
     assert sorted(entries) == sorted(page.stem for page in DOCS.glob("*.md") if page.stem != "index")
 
 
+@pytest.mark.parametrize(("page", "mark"), [("README.md", "  {} "), ("docs/contributing.md", "`{}`")])
+def test_every_file_is_on_the_map(page, mark):
+    text = (ROOT / page).read_text()
+    files = [path.name for path in (ROOT / "lightning_localsgd").glob("*.py") if path.name != "__init__.py"]
+    assert [file for file in files if mark.format(file) not in text] == []
+
+
 # ----------------------------------------------------------------------------------------------------------- messages
 
 
