@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser
 
 import lightning_localsgd
 from lightning_localsgd import Every, LocalSGDStrategy, Schedule
+from lightning_localsgd._lightning.loops import Hooks
 from lightning_localsgd.cli import _OWN, CLI
 from lightning_localsgd.header import LEFT, _stopped
 from tests.models import Regression, loader
@@ -289,7 +290,11 @@ def check_ours(words, shown):
 
 def check_torchrun(words, shown):
     options = get_args_parser().parse_args(words)
-    if options.module:
+    if options.no_python:  # a line for a shell, which fills in what torchrun has found
+        _, inner = options.training_script_args
+        first, *rest = shlex.split(re.sub(r"\$\w+", "2", inner).removeprefix("exec "))
+        CHECKS[first](rest, shown)
+    elif options.module:
         assert options.training_script == "lightning_localsgd"
         check_ours(options.training_script_args, shown)
     else:
@@ -409,6 +414,13 @@ def test_every_page_is_in_the_contents():
     assert sorted(entries) == sorted(page.stem for page in DOCS.glob("*.md") if page.stem != "index")
 
 
+@pytest.mark.parametrize(("page", "mark"), [("README.md", "  {} "), ("docs/contributing.md", "`{}`")])
+def test_every_file_is_on_the_map(page, mark):
+    text = (ROOT / page).read_text()
+    files = [path.name for path in (ROOT / "lightning_localsgd").glob("*.py") if path.name != "__init__.py"]
+    assert [file for file in files if mark.format(file) not in text] == []
+
+
 # ----------------------------------------------------------------------------------------------------------- messages
 
 
@@ -461,14 +473,17 @@ def is_ours(what: object) -> bool:
 
 
 def undocumented(what: type) -> list[str]:
-    """Return each public method and property that our code gives a class, and that neither it nor its bases explain."""
-    ours = {name for of in what.__mro__ if is_ours(of) for name in vars(of) if name[0] != "_"}
-    found = {name: [vars(of)[name] for of in what.__mro__ if name in vars(of)] for name in sorted(ours)}
+    """Return each public method and property of a class that no base explains, and no other package has."""
+    bases = [*what.__mro__, Hooks]  # which the strategy implements without a word
+    ours = {name for of in bases if is_ours(of) for name in vars(of) if name[0] != "_"}
+    theirs = {name for of in bases if not is_ours(of) for name in vars(of)}
+    found = {name: [vars(of)[name] for of in bases if name in vars(of)] for name in sorted(ours - theirs)}
     spoken = (FunctionType, property, classmethod, staticmethod)
     return [
         name
         for name, those in found.items()
-        if isinstance(those[0], spoken) and not any(isinstance(each, spoken) and each.__doc__ for each in those)
+        # What a base has as a plain attribute, the base explains as a whole.
+        if all(isinstance(each, spoken) for each in those) and not any(each.__doc__ for each in those)
     ]
 
 
@@ -501,7 +516,7 @@ _TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 
 def rows():
     for line in (DOCS / "what-works.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        cells = [cell.strip() for cell in re.split(r" \|(?= )", line.strip("|"))]
         if line.startswith("|") and not set(line) <= set("|-") and cells[0] != "feature":
             yield cells
 
