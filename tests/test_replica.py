@@ -67,6 +67,7 @@ def test_the_layout_is_that_of_now():
     assert seen.pop() == seen[3]  # with that weight as it was before
     change(lambda: setattr(module[0].weight, "data", module[0].weight.data.transpose(2, 3)))
     change(lambda: module.register_buffer("more", torch.zeros(1)))
+    change(lambda: module._modules.update(norm=module._modules.pop("1")))  # another name
     assert len(set(seen)) == len(seen), seen
 
 
