@@ -2,7 +2,7 @@
 
     sudo python benchmarks/scale.py
 
-Hosts are network namespaces joined by a bridge, one worker of one thread each, with links of 20 Mbit/s: so slow that
+Hosts are network namespaces joined by a bridge, one worker of one thread each, with links of 50 Mbit/s: so slow that
 the links and not the cores, which all share, decide. Measured is a blocking average in float32 as a round takes it, of
 four sizes of model, and the header before it (an `all_gather` of a few numbers), in turns; medians count, of the
 slowest worker. Gloo sends in a ring. Two numbers, seconds a message and seconds a byte, are fitted to all measurements
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[0.01, 0.1, 1, 4], help="of the models measured")
-    parser.add_argument("--mbit", type=float, default=20, help="of the links, in Mbit/s")
+    parser.add_argument("--mbit", type=float, default=50, help="of the links, in Mbit/s")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--predict", type=float, nargs="+", default=[4, 400], help="MB of the models predicted")
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 10], help="ms added to each message")

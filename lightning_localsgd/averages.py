@@ -200,6 +200,7 @@ class Averages:
     def rest(self) -> None:
         """Let go of the memory, without waiting for anything."""
         self.flight = self._landed = None
+        self._replica.forget()
         if self._exchange is not None:
             self._exchange.forget()
 

@@ -255,11 +255,14 @@ def each_bucket(
 ) -> Iterator[Bucket]:
     """Yield buckets that cover the tensors at these places, in turns in each of ``memories``, without filling them."""
     start = 0
-    for index, cuts in enumerate(_packed(tuple(tensors[place].numel() for place in places), capacity)):
-        values = memories[index % len(memories)][: sum(cut.size for cut in cuts)]
-        here = list(torch.split(values, [cut.size for cut in cuts]))
-        there = [_cut(tensors[places[cut.tensor]], cut) for cut in cuts]
-        yield Bucket(group, start, values, [places[cut.tensor] for cut in cuts], here, there)
+    for index, filling in enumerate(_fillings(tuple(tensors[place].numel() for place in places), capacity)):
+        values = memories[index % len(memories)][: sum(filling.sizes)]
+        here = list(torch.split(values, filling.sizes))
+        there_places = [places[tensor] for tensor in filling.tensors]
+        there = [tensors[place] for place in there_places]
+        for piece, at in filling.parts:
+            there[piece] = there[piece][at : at + filling.sizes[piece]]
+        yield Bucket(group, start, values, there_places, here, there)
         start += len(values)
 
 
@@ -295,13 +298,25 @@ class Cut(NamedTuple):
     size: int
 
 
+class _Filling(NamedTuple):
+    """What a bucket has in it: of which tensors how much; and where those parts begin that are not the whole."""
+
+    tensors: list[int]
+    sizes: list[int]
+    parts: list[tuple[int, int]]
+
+
 @lru_cache(8)
-def _packed(sizes: tuple[int, ...], capacity: int) -> list[list[Cut]]:
-    return list(pack(sizes, capacity))  # the same in each round
-
-
-def _cut(tensor: Tensor, cut: Cut) -> Tensor:
-    return tensor if cut.size == tensor.numel() else tensor[cut.start : cut.start + cut.size]
+def _fillings(sizes: tuple[int, ...], capacity: int) -> list[_Filling]:
+    """Return what :func:`pack` says; it is the same in each round."""
+    return [
+        _Filling(
+            [cut.tensor for cut in cuts],
+            [cut.size for cut in cuts],
+            [(piece, cut.start) for piece, cut in enumerate(cuts) if cut.size != sizes[cut.tensor]],
+        )
+        for cuts in pack(sizes, capacity)
+    ]
 
 
 def pack(sizes: Sequence[int], capacity: int) -> Iterator[list[Cut]]:
@@ -376,14 +391,18 @@ def _share(x: Tensor, count: int, index: int) -> Tensor:
 def grouped(tensors: Sequence[Tensor]) -> dict[Group, list[int]]:
     """Return the places of the tensors, by the dtype in which they are reduced and by device."""
     groups: dict[Group, list[int]] = {}
+    kind, places = None, []
     for place, tensor in enumerate(tensors):
-        if not tensor.is_floating_point():
-            dtype = torch.int64
-        elif tensor.dtype == torch.float64:
-            dtype = torch.float64
-        else:
-            dtype = torch.float32
-        groups.setdefault((dtype, tensor.device), []).append(place)
+        if kind != (tensor.dtype, tensor.device):  # mostly as the last one's
+            kind = tensor.dtype, tensor.device
+            if not tensor.is_floating_point():
+                dtype = torch.int64
+            elif tensor.dtype == torch.float64:
+                dtype = torch.float64
+            else:
+                dtype = torch.float32
+            places = groups.setdefault((dtype, tensor.device), [])
+        places.append(place)
     return groups
 
 

@@ -64,16 +64,21 @@ class Look:
     @cached_property
     def key(self) -> list[Any] | None:
         """What their lines follow from, if that is easily told: it takes less time than to describe them again."""
-        names, tensors = zip(*self.named, strict=True) if self.named else ((), ())
+        tensors = [tensor for _, tensor in self.named]
         try:
             return [
-                names,
+                [name for name, _ in self.named],
                 [x.shape for x in tensors],
                 [x.stride() for x in tensors],
-                [(type(x), x.dtype, x.layout, x.is_meta, x.requires_grad) for x in tensors],
+                *([getattr(x, what) for x in tensors] for what in ("dtype", "layout", "is_meta", "requires_grad")),
+                [type(x) for x in tensors],
             ]
         except (RuntimeError, ValueError):  # lazy or sparse
             return None
+
+    def memory(self) -> list[Any]:
+        """Tell one memory from another, as long as both are there."""
+        return [[id(x) for _, x in self.named], [x.data_ptr() for _, x in self.named]]
 
 
 class Replica:
@@ -108,12 +113,24 @@ class Replica:
         self._payload: tuple[Any, tuple[int, int]] = None, (0, 0)  # of which tensors, and what it is
         self._layout: tuple[Any, int] = None, 0  # likewise
         self._key: list[Any] | None = None  # of the last look
+        self._views: tuple[Any, list[list[Tensor]]] = None, []  # of which memory, and they
         self._held: Look | None = None
         self._finiteness = Finiteness()
 
     def hold(self) -> None:
         """From now on the tensors are those that the module has now: nobody can rebind them before :meth:`let_go`."""
-        self._held = self._now_there()
+        self._held = look = self._now_there()
+        known, key = self._key, self._see()
+        if key is None:
+            return
+        memory = look.memory()
+        if known is key and memory == self._views[0]:
+            look.pieces = self._views[1]  # to make many takes longer than all the rest
+        self._views = memory, look.pieces
+
+    def forget(self) -> None:
+        """Let go, also of the memory of a module that may go elsewhere."""
+        self._held, self._views = None, (None, [])
 
     def let_go(self) -> None:
         """No longer."""

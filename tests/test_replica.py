@@ -1,11 +1,17 @@
 """The replica as a list of memory, without processes."""
 
+import weakref
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
+from lightning_localsgd import LocalSGDStrategy
 from lightning_localsgd.replica import Replica
+from tests.models import Regression, loader, trainer
 from tests.test_mean import Everything, values
+from tests.workers import run_workers
 
 
 def test_views_cover_each_element_once_and_write_through():
@@ -61,6 +67,7 @@ def test_the_layout_is_that_of_now():
     assert seen.pop() == seen[3]  # with that weight as it was before
     change(lambda: setattr(module[0].weight, "data", module[0].weight.data.transpose(2, 3)))
     change(lambda: module.register_buffer("more", torch.zeros(1)))
+    change(lambda: module._modules.update(norm=module._modules.pop("1")))  # another name
     assert len(set(seen)) == len(seen), seen
 
 
@@ -72,6 +79,54 @@ def test_between_hold_and_let_go_the_tensors_stay():
     assert any(view.data_ptr() == old.data_ptr() for view in replica.sent())
     replica.let_go()
     assert any(view.data_ptr() == module.running_mean.data_ptr() for view in replica.sent())
+
+
+def test_views_are_kept_as_long_as_they_are_of_the_memory_of_now():
+    module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
+    replica = Replica(module)
+
+    def views():
+        replica.hold()
+        found = replica.sent()
+        replica.let_go()
+        memory = [x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())]
+        assert [view.untyped_storage().data_ptr() for view in found] == memory
+        assert all(view.dtype == x.dtype for view, x in zip(found, Replica(module).sent(), strict=True))
+        return found
+
+    first = views()
+    assert all(one is other for one, other in zip(first, views(), strict=True))
+    module[0].weight.data = torch.ones(4, 3, 2, 2)
+    assert views()[0] is not first[0]
+    module[1].running_mean = torch.full((4,), 5.0)
+    views()
+    module.to(memory_format=torch.channels_last)
+    views()
+    module.double()
+    views()
+    kept = weakref.ref(views()[0])
+    assert kept() is not None
+    replica.forget()
+    assert kept() is None  # what the module may give up is not held
+
+
+def fit_and_look_what_is_kept():
+    kept, module = [], Regression(norm=True)
+    hold = Replica.hold
+
+    def watched(self):
+        hold(self)
+        kept.append(self)
+
+    with mock.patch.object(Replica, "hold", watched):
+        trainer(2, LocalSGDStrategy(2)).fit(module, loader([5, 5]))
+    assert len(kept) >= 2
+    return [(replica._views, replica._held) for replica in kept]
+
+
+def test_nothing_is_kept_after_a_fit():
+    for rank in run_workers(fit_and_look_what_is_kept, 2):
+        assert all(kept == ((None, []), None) for kept in rank)
 
 
 def test_restore_before_mark_puts_everything_back():
