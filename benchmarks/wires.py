@@ -1,31 +1,53 @@
-"""What fewer bits and delays cost in accuracy: the digits example with each wire format.
+"""What fewer bits and delays cost in accuracy: two of the examples with each wire format.
 
-    python benchmarks/wires.py [--workers 2] [--period 4] [--epochs 20] [--seeds 0 1 2]
+    python benchmarks/wires.py [digits] [gpt] [--workers 2] [--period 4] [--seeds 0 1 2] [--ways WAY ...]
 
-Workers train `examples/digits.py` as it is, with each way to average in turn, and rank 0 tests the model on the images
-that were held out. For each way the table has the mean, the lowest and the highest over the seeds of the accuracy and
-of the cross-entropy, and says whether the mean accuracy lies within the range of float32's seeds. All of it follows
-from the seeds: averages that are delayed land after a number of steps, so a busy machine changes nothing.
+`digits` is `examples/digits.py` as it is, `gpt` the small GPT of `benchmarks/learning_rates.py`. Workers train it with
+each way to average in turn, and rank 0 tests the model on what was held out. The table has the mean, the lowest and the
+highest over the seeds of the error (of images, or bits per character) and of the cross-entropy, and says whether the
+mean cross-entropy lies within the range of float32's seeds. All of it follows from the seeds: averages that are delayed
+land after a number of steps, so a busy machine changes nothing.
 
-Needs: scikit-learn; about ten minutes on two cores.
+Needs: scikit-learn; about ten minutes on two cores for each example.
 """
 
 import argparse
-import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from learning_rates import TASKS, Data, Digits, DigitsData, SmallGPT, text_data
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader
 from workers import QUIET, ask, workers
 
 from lightning_localsgd import LocalSGDStrategy, Mean
 
-sys.path.append(str(Path(__file__).parent.parent))  # for the example
-from examples.digits import Digits, DigitsData
-
 REFERENCE = "float32"
+
+
+class Example(NamedTuple):
+    """What is trained."""
+
+    data: Callable[[], Data]
+    model: Callable[[], LightningModule]
+    batch: int  # of one worker
+    epochs: int
+
+
+def all_digits() -> Data:
+    data = DigitsData()
+    data.setup("fit")
+    images, digits = data.test.tensors
+    return Data(data.train, (images, digits))
+
+
+EXAMPLES = {
+    "digits": Example(all_digits, Digits, batch=32, epochs=20),
+    "gpt": Example(text_data, lambda: SmallGPT(TASKS["gpt"].rate, warm_up=True), TASKS["gpt"].batch, epochs=2),
+}
 
 
 def ways(period: int) -> dict[str, Mean]:
@@ -44,20 +66,20 @@ def ways(period: int) -> dict[str, Mean]:
     }
 
 
-def train(pipe: Connection, rank: int, size: int, period: int, epochs: int) -> None:
-    """For each way and seed that comes, train; rank 0 sends back accuracy and cross-entropy on held-out images."""
+def train(pipe: Connection, rank: int, size: int, period: int) -> None:
+    """For each example, way and seed that comes, train, and send back cross-entropy and error on what was held out."""
     while (asked := pipe.recv()) is not None:
-        how, seed = asked
+        name, how, seed = asked
+        example, task = EXAMPLES[name], TASKS[name]
         seed_everything(seed, verbose=False)
-        model, data = Digits(), DigitsData()
-        trainer = Trainer(devices=size, strategy=LocalSGDStrategy(period, mean=how), max_epochs=epochs, **QUIET)
-        trainer.fit(model, data)
-        data.setup("test")
-        images, digits = data.test.tensors
+        model, data = example.model(), example.data()
+        strategy = LocalSGDStrategy(period, mean=how)
+        trainer = Trainer(devices=size, strategy=strategy, max_epochs=example.epochs, **QUIET)
+        trainer.fit(model, DataLoader(data.train, example.batch, shuffle=True, drop_last=True))
+        inputs, targets = data.test
         with torch.no_grad():
-            scores = model.eval()(images)
-        loss = torch.nn.functional.cross_entropy(scores, digits)
-        pipe.send((100 * float((scores.argmax(1) == digits).float().mean()), float(loss)))
+            scores = model.eval()(inputs)
+            pipe.send((float(task.loss(scores, targets)), task.shown(scores, targets)))
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -67,24 +89,26 @@ def spread(values: list[float], digits: int) -> str:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("examples", nargs="*", default=list(EXAMPLES))
     options.add_argument("--workers", type=int, default=2)
     options.add_argument("--period", type=int, default=4)
-    options.add_argument("--epochs", type=int, default=20)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--ways", nargs="+", help="names of the table's rows")
     args = options.parse_args()
 
-    print("| average | test accuracy, % | cross-entropy | within float32's range |")
-    print("|---|---|---|---|")
-    reference: list[float] = []
-    with workers(args.workers, train, args.workers, args.period, args.epochs) as pipes:
-        for name, how in ways(args.period).items():
-            found = [ask(pipes, (how, seed), timeout=900)[0] for seed in args.seeds]
-            accuracies, losses = ([one[i] for one in found] for i in range(2))
-            reference = reference or accuracies
-            within = (
-                "yes" if min(reference) <= mean(accuracies) else f"{mean(accuracies) - mean(reference):+.2f} points"
-            )
-            print(f"| {name} | {spread(accuracies, 2)} | {spread(losses, 4)} | {within} |", flush=True)
+    asked = [REFERENCE, *(args.ways or [way for way in ways(args.period) if way != REFERENCE])]
+    with workers(args.workers, train, args.workers, args.period) as pipes:
+        for name in args.examples:
+            print(f"| average | {TASKS[name].column} | cross-entropy | within float32's range |")
+            print("|---|---|---|---|", flush=True)
+            reference: list[float] = []
+            for way in asked:
+                found = [ask(pipes, (name, ways(args.period)[way], seed), timeout=1800)[0] for seed in args.seeds]
+                losses, errors = ([one[i] for one in found] for i in range(2))
+                reference = reference or losses
+                more = mean(losses) - mean(reference)
+                within = "yes" if mean(losses) <= max(reference) else f"no, {more:+.4f}"
+                print(f"| {way} | {spread(errors, 3)} | {spread(losses, 4)} | {within} |", flush=True)
         for pipe in pipes:
             pipe.send(None)
 
