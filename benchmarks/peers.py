@@ -535,6 +535,7 @@ def measure(size: int, ways: Sequence[str], networks: Sequence[str], steps: int,
                 if way in costs.reasons or (turn and not WAYS[way].turns):
                     continue
                 found = take_turn(lab, size, way, networks, steps, memory=not turn)
+                print(f"turn {turn} of {way}: {found if isinstance(found, str) else 'done'}", file=sys.stderr, flush=True)
                 if isinstance(found, str):
                     costs.reasons[way] = found
                 elif turn:

@@ -80,7 +80,7 @@ def _is_modest(views: Sequence[Tensor]) -> bool:
     first, size = 0, 0
     for place, more in enumerate([*(view.numel() for view in views), _TOGETHER + 1]):
         if place > first and size + more > _TOGETHER:
-            line = torch.cat(views[first:place]) if place - first > 1 else views[first]
+            line = torch.cat(list(views[first:place])) if place - first > 1 else views[first]
             if not math.isfinite(torch.dot(line, line)):
                 return False
             first, size = place, 0
