@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from multiprocessing import current_process
+from multiprocessing import current_process, set_start_method
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -345,7 +345,8 @@ def slowmo_by_fairscale(job: Job) -> None:
 def by_hivemind(job: Job) -> None:
     import hivemind
 
-    current_process()._config["daemon"] = False  # it starts processes of its own
+    current_process()._config["daemon"] = False  # it starts processes of its own, and by `fork`
+    set_start_method("fork", force=True)
     place = [f"/ip4/{job.address}/tcp/0"]
     table = hivemind.DHT(host_maddrs=place, start=True) if job.rank == 0 else None
     peers = [[str(of) for of in table.get_visible_maddrs()] if table else None]
@@ -498,7 +499,7 @@ def take_turn(lab: Hosts | None, size: int, way: str, networks: Sequence[str], s
         pids = processes.listen(pipes)
         try:
             for network in networks:
-                notes = processes.listen(pipes, timeout=120)
+                notes = processes.listen(pipes, timeout=120 if WAYS[way].turns else 60)
                 wrong = [note for note in notes if isinstance(note, str)]
                 if wrong:
                     return f"{network}: {wrong[0]}"
@@ -535,6 +536,9 @@ def measure(size: int, ways: Sequence[str], networks: Sequence[str], steps: int,
                 if way in costs.reasons or (turn and not WAYS[way].turns):
                     continue
                 found = take_turn(lab, size, way, networks, steps, memory=not turn)
+                print(
+                    f"turn {turn} of {way}: {found if isinstance(found, str) else 'done'}", file=sys.stderr, flush=True
+                )
                 if isinstance(found, str):
                     costs.reasons[way] = found
                 elif turn:
