@@ -117,7 +117,8 @@ class Exchange:
                     own[line.start : line.start + line.size].copy_(was)
             self._memory[kind], self._lines[kind] = (own, owned), lines
             if old is not None:
-                rank_zero_info("Other parameters are trained: the error memories of their owners start at 0.")
+                whose = "of their owners " if self.links.devices == 1 else ""
+                rank_zero_info(f"Other parameters are trained: the error memories {whose}start at 0.")
         return self._memory[kind]
 
     def noise(self, kind: Group, number: int, hop: int, start: int) -> torch.Generator | None:
@@ -152,7 +153,8 @@ class _Trip:
         self._exchange = exchange
         self._kind = kind
         self._anchor = anchor.values[kind]
-        self._weights = links.of_workers(weights)
+        self._weights = links.in_group(weights)
+        self._counts = weights[links.rank]
         self._number = number
         self._links = links
         self._capacity = exchange.capacity(anchor, kind)
@@ -195,7 +197,7 @@ class _Trip:
         exchange, rows, own = self._exchange, self._rows(bucket), self._own(bucket)
         size = exchange.format.size(rows.shape[1])
         code = torch.zeros(self._links.workers, size, dtype=torch.uint8, device=rows.device)
-        if self._weights[self._links.worker]:  # else nobody reads it, and its values may be NaN
+        if self._counts:  # else nobody reads it, and its values may be NaN
             with torch.profiler.record_function("localsgd::encode"):
                 values = bucket.values[own].sub_(self._start(bucket, own))
                 rows.view(-1)[len(values) :] = 0

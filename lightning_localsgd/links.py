@@ -39,6 +39,10 @@ class Links:
         """Return for each worker what its first rank has in this list, which has something for each rank."""
         return list(of_ranks)
 
+    def in_group(self, of_ranks: Sequence[_T]) -> list[_T]:
+        """Return the same for each rank of :attr:`group`, in the order in which it counts them."""
+        return list(of_ranks)
+
     def reduce(self, values: Tensor, operation: Any) -> Callable[[], object] | None:
         """Begin to reduce values over all workers, in place; return what waits for it, None if there is nothing to do.
 
@@ -79,6 +83,9 @@ class NodeLinks(Links):
 
     def of_workers(self, of_ranks: Sequence[_T]) -> list[_T]:
         return [of_ranks[ranks[0]] for ranks in self._nodes]
+
+    def in_group(self, of_ranks: Sequence[_T]) -> list[_T]:
+        return [of_ranks[rank] for rank in sorted(ranks[self.device] for ranks in self._nodes)]  # as torch sorts them
 
     def reduce(self, values: Tensor, operation: Any) -> Callable[[], object] | None:
         if self.workers == 1:

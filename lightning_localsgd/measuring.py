@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_localsgd import _lightning
 from lightning_localsgd.cli import CLI
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.plan import WIRES, Costs, bits
@@ -61,17 +62,21 @@ class Run(CLI):
         with warnings.catch_warnings():  # that the words of `plan` are others
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().__init__(args=["fit", *words], save_config_callback=None)
-        self.workers = self.trainer.num_nodes * self.trainer.num_devices
+        given = self.trainer.strategy  # a strategy of its own is made for each fit
+        self._ours = given if isinstance(given, LocalSGD) else None
+        if self._ours is not None and self._ours._pace_rule is not None:
+            raise ValueError(f'`plan` needs the `pace` "equal", got {self._ours._pace_rule!r}.')
+        self._replica = "device" if self._ours is None else self._ours._replica_rule
+        self.workers = self.trainer.num_nodes * (1 if self._replica == "node" else self.trainer.num_devices)
         if self.workers < 2:
             raise ValueError(
                 "`plan` needs at least 2 workers, since one has nothing to average, got a Trainer with "
-                f"num_nodes={self.trainer.num_nodes} and {self.trainer.num_devices} device."
+                f"num_nodes={self.trainer.num_nodes} and num_devices={self.trainer.num_devices}, and "
+                f"`replica={self._replica!r}`."
             )
-        given = self.trainer.strategy  # a strategy of its own is made for each fit
         self._shared: dict[str, Any] = {}
         if isinstance(given, DDPStrategy):
             self._shared = {"process_group_backend": given._process_group_backend, "timeout": given._timeout}
-        self._ours = given if isinstance(given, LocalSGD) else None
         self.may_delay = self._ours is None or self._ours._state_rule in ("keep", "reset")
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
@@ -93,9 +98,9 @@ class Run(CLI):
             mean = replace(mean, wire="float32", rounding="nearest", error_feedback=True)
         if period == 1:
             return LocalSGDStrategy(1, mean=Mean(mean.bucket_mb), **self._shared)
-        rules: dict[str, Any] = (
-            {} if self._ours is None else {"outer": self._ours.outer, "optimizer_state": self._ours._state_rule}
-        )
+        rules: dict[str, Any] = {"replica": self._replica}
+        if self._ours is not None:
+            rules |= {"outer": self._ours.outer, "optimizer_state": self._ours._state_rule}
         return LocalSGDStrategy(period, mean=replace(mean, wire=wire, delay=delay), **rules, **self._shared)
 
     def train(self, strategy: LocalSGDStrategy, first: int, last: int) -> "Watch":
@@ -113,6 +118,7 @@ class Watch(Callback):
         self.first, self.last = first, last
         self.start = self.end = math.nan
         self.rounds: list[Round] = []
+        self.worker = 0  # which one this is
         self._batches = 0  # of this epoch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,8 +127,9 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The length that the user has set is what learning rates were made for; as many steps are taken as are needed.
-        trainer.fit_loop.max_epochs = sys.maxsize
-        trainer.fit_loop.epoch_loop.max_steps = -1
+        _lightning.train_on(trainer)
+        assert isinstance(trainer.strategy, LocalSGD)
+        self.worker = trainer.strategy.worker.links.worker
         if pl_module.automatic_optimization:  # some end with the run, others ask for what a validation has found
             trainer.strategy.lr_scheduler_configs = []
 
@@ -174,9 +181,9 @@ class _Bench:
         start = time.perf_counter()
         strategy = self._run.strategy(period, wire, delay)
         watch = self._run.train(strategy, first, last)
-        rank, wall = strategy.global_rank, time.perf_counter() - start
+        wall = time.perf_counter() - start
         rounds = [one for one in watch.rounds if one.averaged == "models"]
-        own = rounds[-1].step_seconds[rank] if rounds and rounds[-1].step_seconds else math.nan
+        own = rounds[-1].step_seconds[watch.worker] if rounds and rounds[-1].step_seconds else math.nan
         average = rounds[-1].average_seconds if rounds else math.nan
         found: list[Any] = [None] * strategy.world_size
         dist.all_gather_object(found, _Seen((watch.end - watch.start) / (last - first), own, average, wall))

@@ -219,7 +219,8 @@ class Rest:
         if self._is_over:
             if not state["validated"]:
                 return _lightning.begins_next_epoch(trainer, steps_schedulers=False)
-            self._stepped = int(trainer.num_training_batches)
+            size = trainer.num_training_batches
+            self._stepped = int(size) if math.isfinite(size) else _lightning.batches(trainer)
             _lightning.set_batches(trainer, self._stepped)
             self._ends = True
             return True

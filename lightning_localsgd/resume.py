@@ -181,8 +181,8 @@ def read_part(checkpoint: State, path: str, rank: int, setting: State, weights_o
         why_not = 'no worker has kept its part of it, as they do in training with `checkpoint="exact"`'
     elif entry["workers"] != setting["workers"]:
         why_not = f"it was saved by {entry['workers']} workers, and these are {setting['workers']}"
-    elif entry["replica"] != setting["replica"]:
-        why_not = f"it was saved with a `{entry['replica']}` for each replica, and now it is a `{setting['replica']}`"
+    elif (was := entry.get("replica", "device")) != setting["replica"]:
+        why_not = f"a {was} held each replica when it was saved, and now a {setting['replica']} does"
     else:
         return parts.read(rank, path, weights_only is not False)
     rank_zero_warn(f"All workers start a new round at the consensus in {path}: {why_not}.")

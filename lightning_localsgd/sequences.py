@@ -249,6 +249,6 @@ def require_step_by_step(configs: Iterable[Any], schedule: Schedule, workers: in
             )
         if scheduler.sequences != schedule or scheduler.workers != workers:
             raise ValueError(
-                f"A `RoundLR` must be of the strategy's `period` and workers, {schedule!r} and {workers}, got "
-                f"{scheduler.sequences!r} and {scheduler.workers}."
+                f"A `RoundLR` must be of the strategy's `period` and its workers, {schedule!r} and {workers}, got "
+                f"{scheduler.sequences!r} and `workers={scheduler.workers}`."
             )

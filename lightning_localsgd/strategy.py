@@ -286,8 +286,13 @@ class LocalSGD(Keeps):
                 "An optimizer that shards its state over the ranks, such as ZeroRedundancyOptimizer, communicates in "
                 f"every step and needs a `period` of 1, got {self.schedule!r}."
             )
-        if self.schedule.averages_only_gradients or self.worker.has_devices:
+        if self.schedule.averages_only_gradients:
             self._require_no_lbfgs()
+        if self.worker.has_devices and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
+            raise ValueError(
+                "LBFGS needs workers of one device, got `replica='node'`: with gradients averaged in the node its own "
+                "stopping rule can end on one device while the others wait."
+            )
         if self._pace is not None:
             self._pacing = _lightning.Pacing(trainer, self._pace, self.worker, self._undo)
             if self._part is not None:
@@ -300,8 +305,8 @@ class LocalSGD(Keeps):
     def _require_no_lbfgs(self) -> None:
         if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ValueError(
-                "LBFGS needs gradients that are not averaged, in rounds of at least 2 steps on workers of one device: "
-                "its own stopping rule can end on one rank while the others wait."
+                "LBFGS needs rounds of at least 2 steps, got a `period` of 1: with averaged gradients its own stopping "
+                "rule can end on one worker while the others wait."
             )
 
     def configure_ddp(self) -> None:
@@ -380,7 +385,7 @@ class LocalSGD(Keeps):
         """
         if self._links is not None:
             return self._links
-        rank, ranks = self.global_rank, range(self.world_size)
+        rank = self.global_rank
         if self._replica_rule == "node" and self.world_size > 1:
             nodes = nodes_of(header, self.node_rank, self.local_rank)
             if len(nodes) != self.num_nodes:
@@ -394,15 +399,18 @@ class LocalSGD(Keeps):
                 inside = Links(between.device, between.devices, between.inside, rank)
                 self._links = AllLinks(between, background, inside)
                 return self._links
-        group = self._new_group(ranks) if self.mean.delay and self.world_size > 1 else None
+        group = self._new_group() if self.mean.delay and self.world_size > 1 else None
         everyone = Links(rank, self.world_size)
         self._links = AllLinks(everyone, Links(rank, self.world_size, group), Links(0, 1, rank=rank))
         return self._links
 
-    def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        backend, timeout = self._process_group_backend, self._timeout
+    def _new_group(self, ranks: Sequence[int] | None = None) -> dist.ProcessGroup:
+        """Return a group of these ranks, which alone make it, or one that all ranks make of all."""
         group: dist.ProcessGroup = dist.new_group(
-            list(ranks), backend=backend, timeout=timeout, use_local_synchronization=True
+            list(ranks) if ranks is not None else None,
+            backend=self._process_group_backend,
+            timeout=self._timeout,
+            use_local_synchronization=ranks is not None,
         )
         dist.all_reduce(torch.zeros(1, device=self.root_device), group=group)  # NCCL joins it only here
         return group
@@ -447,6 +455,8 @@ class LocalSGD(Keeps):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        if self.worker.clock.averages_models and self.worker.has_devices:
+            self.worker.start_step()  # before a reducer asks for anything
         self._leave_reducer()
         if self.worker.averages_gradients and not self._step_is_open:
             self._reduce_gradients()

@@ -179,6 +179,7 @@ class Worker:
         if state is not None:
             self.averages.load_state_dict(state["averages"])
         self.replica.examine()  # remembers which buffers are finite
+        self.replica.let_go()
 
     def restart(self, clock: Clock, measured: Measured, landing: dict[str, Any]) -> None:
         """Begin anew from a checkpoint's numbers, and from the model that the module will have at the first step."""

@@ -185,6 +185,14 @@ def test_numbers_are_planned_with_a_picture_that_replaces_no_file(capsys, monkey
             ["--config", DIGITS, "--trainer.devices=1"],
             "`plan` needs at least 2 workers, since one has nothing to",
         ),
+        (
+            ["--config", DIGITS, "--trainer.strategy.replica=node"],
+            "`plan` needs at least 2 workers, since one has nothing to",
+        ),
+        (
+            ["--config", DIGITS, "--trainer.strategy.pace=proportional"],
+            '`plan` needs the `pace` "equal", got Proportional',
+        ),
     ],
 )
 def test_what_is_refused(capsys, at_root, words, error):

@@ -42,3 +42,4 @@ from lightning_localsgd._lightning.stages import steps_left as steps_left
 from lightning_localsgd._lightning.stages import take_up_batch as take_up_batch
 from lightning_localsgd._lightning.stages import take_up_batches as take_up_batches
 from lightning_localsgd._lightning.stages import take_up_epoch_end as take_up_epoch_end
+from lightning_localsgd._lightning.stages import train_on as train_on

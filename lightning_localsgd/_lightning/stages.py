@@ -1,6 +1,7 @@
 """The stages of a fit: where one is when a checkpoint is saved, and how loops are taken up again from there."""
 
 import math
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from enum import Enum
@@ -328,6 +329,12 @@ def begins_next_epoch(trainer: Trainer, steps_schedulers: bool) -> bool:
     if hasattr(loop, "reset_restart_stage"):  # since lightning 2.5.1
         loop.reset_restart_stage()
     return not loop.done
+
+
+def train_on(trainer: Trainer) -> None:
+    """Let nothing end the fit that has begun but ``trainer.should_stop``."""
+    trainer.fit_loop.max_epochs = sys.maxsize
+    trainer.fit_loop.epoch_loop.max_steps = -1
 
 
 def logged_step(trainer: Trainer) -> int:
