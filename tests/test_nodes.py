@@ -154,6 +154,8 @@ def test_devices_are_equal_after_each_step_and_nodes_after_each_average():
             assert same(list(states[2:])), (way, step)
             if "accumulated" not in way:
                 assert same(list(states)) == (step % 3 == 0), (way, step)
+            if way == "batch norm":
+                assert torch.equal(*(state["net.1.running_mean"] for state in states[1:3])) == (step % 3 == 0), step
         assert same([found[way][1] for found in ranks]), way
     exact = ranks[0]["bfloat16"]
     (other, *_) = run_workers(fit, 4, 2, 2, Regression, "sgd", LocalSGDStrategy(3, replica="node"))
