@@ -94,17 +94,17 @@ def test_a_script_runs(lab, tmp_path, name, options, env, workers):
 
 def test_one_model_a_round_leaves_a_node_of_two_devices(lab, tmp_path):
     words = ["--trainer.callbacks+=tests.lab.counted.Counted", f"--trainer.callbacks.folder={tmp_path}"]
-    words += ["--trainer.strategy.replica=node", "--model.width=256", "--trainer.max_epochs=4"]
+    words += ["--trainer.strategy.replica=node", "--model.width=128", "--trainer.max_epochs=3"]
     submit(lab, "tasks", tmp_path, *words)
-    size = 4 * sum(tensor.numel() for tensor in Digits(width=256).state_dict().values())
+    size = 4 * sum(tensor.numel() for tensor in Digits(width=128).state_dict().values())
     for name in PLACES:
         counts = json.loads((tmp_path / f"{name}.json").read_text())
         sent = [after - before for before, after in itertools.pairwise(counts)]  # in steps 2, 3, ...
         rounds = [sent[i] for i in range(len(sent)) if (i + 2) % 8 == 0]
         within = [sent[i] for i in range(len(sent)) if (i + 2) % 8 != 0 and (i + 2) % 9 > 1]
-        assert len(rounds) == 4
-        assert all(0.98 * size < one < 1.05 * size for one in rounds)  # of devices that end a step a little apart
-        assert statistics.median(within) == 0
+        assert len(rounds) == 3
+        assert all(0.98 * size < one < 1.05 * size for one in rounds)
+        assert statistics.median(within) < 1e-3 * size  # signals are looked for once a second
         assert max(within) < 0.05 * size
 
 
