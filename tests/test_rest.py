@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import pickle
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock  # which torch needs
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule
@@ -281,12 +283,22 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def turns(tmp_path_factory):
-    """The turns of all cases: by name, for each turn and worker."""
-    folder = tmp_path_factory.mktemp("turns")
+    """The turns of all cases: by name, for each turn and worker; made once for all processes of this pytest."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    kept = tmp_path_factory.getbasetemp().parent / f"turns-{run}"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(all_turns(tmp_path_factory.mktemp("turns"))))
+        found = pickle.loads(kept.read_bytes())
+    return {name: [[worker[name] for worker in turn] for turn in found] for name in CASES}
+
+
+def all_turns(folder):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Rank . has written")
-        found = [run_workers(fit_all, workers, CASES, turn, str(folder)) for turn, workers in enumerate(WORKERS)]
-    return {name: [[worker[name] for worker in turn] for turn in found] for name in CASES}
+        return [
+            run_workers(fit_all, workers, CASES, turn, str(folder), timeout=400) for turn, workers in enumerate(WORKERS)
+        ]
 
 
 def of_epoch(turns, epoch, lost=lambda turn, worker: 0):
