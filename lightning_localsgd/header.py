@@ -49,7 +49,7 @@ class Want(IntEnum):
     MOMENTS = 6  # look at the mean of an optimizer's moments; the others only contribute
     VALIDATE = 7  # done by all, or put off to the end of the epoch
     ALL_GATHER = 8  # Lightning's, whose result has a row for each rank: done by all or not at all
-    PLAN = 9  # first step of a round whose length depends on the learning rate: plan it
+    PLAN = 9  # first step of a round whose length depends on the learning rate, or after which nodes step alone
     CHECK = 10  # inside a round: does it end here?
     ROUND = 11  # end of a round: average, for all
     SIGNAL = 12  # act on a signal that the last header told

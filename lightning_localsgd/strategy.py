@@ -598,7 +598,7 @@ class LocalSGD(Keeps):
         if "steps_left" in self.schedule.needs:
             self._expected_steps = self.worker.clock.step + _lightning.steps_left(self._trainer, self.rest.ahead)
         decision = self.worker.ask(Want.EPOCH)
-        if self.worker.averages_gradients:
+        if not self.worker.clock.averages_models:
             self._require_no_lbfgs()
         if self._pacing is not None:
             self._pacing.starts_epoch(decision.step, goes_on, taken_up)

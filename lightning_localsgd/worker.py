@@ -86,6 +86,7 @@ class Worker:
         self._header = header
         self.links = links
         self._inside = inside
+        self._steps_inside = False  # whether the ranks of a worker agree on steps among themselves, as all know
         self._everyone = Links(header.rank, header.size)
         self.clock = clock
         self.replica = replica
@@ -183,7 +184,7 @@ class Worker:
 
     def restart(self, clock: Clock, measured: Measured, landing: dict[str, Any]) -> None:
         """Begin anew from a checkpoint's numbers, and from the model that the module will have at the first step."""
-        self.clock, self.measured = clock, measured
+        self.clock, self.measured, self._steps_inside = clock, measured, False
         self.landing.forget()
         self.landing.load_state_dict(landing)
         self.averages.forget()
@@ -231,6 +232,8 @@ class Worker:
             asked = self._header.rank in decision.askers
             if decision.want in (Want.EPOCH, Want.STEP, Want.PLAN) and not self.clock.is_planned:
                 self._plan(decision)
+            if decision.want in (Want.EPOCH, Want.STEP, Want.PLAN):  # a header of all, who are between steps
+                self._steps_inside = self.clock.averages_models and self.has_devices
             if decision.want is Want.ROUND or (decision.want is Want.OVER and decision.unanimous):
                 self._end_round(decision)
                 if not asked:
@@ -287,7 +290,7 @@ class Worker:
     def _exchange(self, message: Message) -> Decision:
         try:
             message = replace(message, signals=self._signals.pending)
-            decision = self._header.exchange(message, self.clock.averages_models and self.has_devices)
+            decision = self._header.exchange(message, self._steps_inside)
         except ReplicasDiffer as found:  # by all ranks
             descriptions = self._header.gather(self.replica.describe())
             raise other_model(found.one, found.odd, descriptions[found.one], descriptions[found.odd]) from None
@@ -389,8 +392,12 @@ class Worker:
         return self.pace is not None and self.pace.is_over(self.clock)
 
     def start_step(self) -> None:
-        """Before a step that averages models: see that its round has a length."""
-        if not self.clock.is_planned:
+        """Before a step that averages models: see that its round has a length, and who agrees on steps.
+
+        When gradients of all ranks give way to models, ranks go on at different moments, and some may still be in
+        their last step: where a worker has several, the next header is one of all, before they agree among themselves.
+        """
+        if not self.clock.is_planned or self._steps_inside != self.has_devices:
             self.ask(Want.PLAN)
 
     def end_last_step(self) -> None:

@@ -1,15 +1,18 @@
 """Nodes as workers: their devices average gradients in each step, and one model a round leaves a node."""
 
 import os
+import time
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from lightning_localsgd import DiLoCo, LocalSGDMonitor, LocalSGDStrategy, Mean, PostLocal
 from tests import reference
@@ -268,6 +271,39 @@ def test_devices_of_a_node_may_not():
         )
         assert "rank 0 starts a training step at its step 3 while rank 1 has no more data in this epoch" in one.message
         assert 'take `replica="device"` for uneven data' in one.message
+
+
+class Asks(LightningModule):
+    """Optimizes by hand, and in the last step of the warm-up one rank asks all for something."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((rank() + 1) * self.weight.sum())
+        optimizer.step()
+        if index == 1 and rank() == 1:
+            time.sleep(0.5)  # its mate has gone on by then
+            self.trainer.strategy.reduce(torch.ones(1))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def asking():
+    as_node(2)
+    model, strategy = Asks(), LocalSGDStrategy(PostLocal(2, then=2), replica="node", timeout=timedelta(seconds=10))
+    trainer(2, strategy, num_nodes=2).fit(model, loader([6, 6, 4, 4]))
+    return model.weight.item()
+
+
+def test_one_rank_may_ask_where_gradients_give_way_to_models():
+    # Two steps of 2.5; the nodes' gradients are 1.5 and 3.5, two steps of both, and two more of the first.
+    assert run_workers(asking, 4) == [-5 - 2 * 2.5 - 2 * 1.5] * 4
 
 
 class Breaks(Constant):
