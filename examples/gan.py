@@ -3,7 +3,7 @@
 Run ``python examples/gan.py``. At the end of a round generator and discriminator are averaged together, since both are
 the module's parameters; each worker's optimizers keep their own moments. It ends with digits that it has drawn and with
 how far these are from held-out images (Fréchet distance, by a torchmetrics that takes it of small images), and fails
-above 6: pixels drawn each for itself reach 6.8.
+above 6.
 """
 
 import argparse

@@ -102,12 +102,8 @@ class NodeLinks(Links):
         return wait
 
     def complete(self, values: Tensor, share: int) -> None:
-        works = [
-            dist.broadcast(piece, rank, group=self.inside, async_op=True)
-            for piece, rank in zip(
-                torch.split(values, share), self._nodes[self.worker], strict=False
-            )  # the last have none
-        ]
+        shares = zip(torch.split(values, share), self._nodes[self.worker], strict=False)  # the last may have none
+        works = [dist.broadcast(piece, rank, group=self.inside, async_op=True) for piece, rank in shares]
         for work in works:
             work.wait()
 

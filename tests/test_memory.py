@@ -1,7 +1,5 @@
 """What an average needs beside the model: never more than `bucket_mb` allows, and what is kept from round to round."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -21,17 +19,39 @@ class Wide(Constant):
 
 def peak(means):
     """Return the most memory that tensors of the main thread have had at once in a run with each mean, in MiB."""
-    found, alive = [], []  # what is freed in a later run would be taken from its memory
-    for mean in means:
-        strategy = LocalSGDStrategy(100 if mean is None else 2, mean=mean or Mean(BUCKETS))
-        fit = trainer(2, strategy, max_epochs=-1, max_steps=6)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            fit.fit(Wide(), loader([6] * 2))
-        alive.append(fit)
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        found.append(max(itertools.accumulate(changes)) / 2**20)
-    return found
+    return [min(run(mean) for _ in range(3)) for mean in means]  # what a thread of Gloo still holds comes and goes
+
+
+def run(mean):
+    strategy = LocalSGDStrategy(100 if mean is None else 2, mean=mean or Mean(BUCKETS))
+    fit = trainer(2, strategy, max_epochs=-1, max_steps=6)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fit.fit(Wide(), loader([6] * 2))
+    return most(profile.profiler.kineto_results.experimental_event_tree()) / 2**20
+
+
+def most(events):
+    """Return the most bytes that were allocated at once, in pieces of a KiB and more, of those allocated here.
+
+    What other threads, as Gloo's, free is not seen; but memory that is given out again has been freed.
+    """
+    changes = [event.typed[1] for event in sorted(every(events), key=lambda event: event.start_time_ns)]
+    there, peak = {}, 0
+    for start, size in ((change.ptr, change.alloc_size) for change in changes if abs(change.alloc_size) >= 1024):
+        for at in [at for at, bytes_ in there.items() if at < start + abs(size) and start < at + bytes_]:
+            del there[at]
+        if size > 0:
+            there[start] = size
+            peak = max(peak, sum(there.values()))
+    return peak
+
+
+def every(events):
+    """Yield all allocations of a tree of events."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event
+        yield from every(event.children)
 
 
 CASES = [
@@ -47,15 +67,15 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def peaks():
-    ranks = run_workers(peak, 2, [None, None, *(mean for mean, _, _ in CASES)], timeout=200)  # the first one warms up
-    return [[found - rank[1] for found in rank[2:]] for rank in ranks]
+    ranks = run_workers(peak, 2, [None, *(mean for mean, _, _ in CASES)], timeout=200)
+    return [[found - min(rank) for found in rank[1:]] for rank in ranks]  # none needs less than the one without
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[str(mean) for mean, _, _ in CASES])
 def test_an_average_needs_no_more_than_it_says(case, peaks):
     _, models, buckets = CASES[case]
     for rank in peaks:
-        assert rank[case] < models * MODEL + buckets * BUCKETS + GLOO + 0.1  # headers and the like
+        assert rank[case] < models * MODEL + buckets * BUCKETS + GLOO
 
 
 def test_what_is_kept_from_round_to_round_is_there(peaks):
@@ -63,4 +83,4 @@ def test_what_is_kept_from_round_to_round_is_there(peaks):
     for rank in peaks:
         for (mean, _, _), found in zip(CASES, rank, strict=True):
             if not mean.delay:  # whose average makes its memories in another thread
-                assert found > (kept[str(mean)] - 0.1) * MODEL - GLOO - 0.5  # which the run without may have had, too
+                assert found > (kept[str(mean)] - 0.1) * MODEL - 0.5
