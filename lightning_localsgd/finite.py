@@ -34,6 +34,7 @@ class Finiteness:
     def __init__(self) -> None:
         self._once_finite: set[tuple[str, torch.Size]] = set()
         self._last: object = None  # the key of tensors that are all among them
+        self._runs: tuple[object, list[list[int]]] = None, []  # of which views, and the places of those for one look
 
     def examine(self, named: Iterable[tuple[str, Tensor]], views: Sequence[Tensor] = (), key: object = None) -> Finding:
         """Examine these tensors, in their order; integers are finite.
@@ -42,9 +43,11 @@ class Finiteness:
             named: the tensors.
             views: one-dimensional ones of real numbers that cover them, if at hand: many small tensors that are finite
                 are then seen to be so sooner.
-            key: what their names and shapes follow from, if at hand; it is compared with the last one.
+            key: what their names, shapes, dtypes and devices follow from, if at hand; it is compared with the last one.
         """
-        if views and _is_modest([view for view in views if view.is_floating_point()]):
+        if key is None or key != self._runs[0]:
+            self._runs = key, runs(views)
+        if self._runs[1] and all(_is_modest([views[place] for place in run]) for run in self._runs[1]):
             if key is None or key != self._last:
                 self._once_finite |= {(name, x.shape) for name, x in named if x.is_floating_point() or x.is_complex()}
                 self._last = key
@@ -68,24 +71,31 @@ class Finiteness:
         return Finding(bad, modest)
 
 
+def runs(views: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of those to be looked at together, of all floating point ones; none if they must not be.
+
+    On a CPU a call takes as long as the look at some thousand elements: small tensors of one kind share it.
+    """
+    places = [place for place, view in enumerate(views) if view.is_floating_point()]
+    kinds = {views[place].dtype for place in places}
+    if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64} or not all(views[p].is_cpu for p in places):
+        return []
+    found: list[list[int]] = []
+    room = -1
+    for place in places:
+        room -= views[place].numel()
+        if room < 0:
+            found.append([])
+            room = _TOGETHER - views[place].numel()
+        found[-1].append(place)
+    return found
+
+
 @torch.no_grad()
 def _is_modest(views: Sequence[Tensor]) -> bool:
-    """Return whether all are of one kind on a CPU and the squares of their elements, and their sum, are finite.
-
-    There a call takes as long as the look at some thousand elements: small ones are looked at together.
-    """
-    kinds = {view.dtype for view in views}
-    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64} or not all(view.is_cpu for view in views):
-        return False
-    first, size = 0, 0
-    for place, more in enumerate([*(view.numel() for view in views), _TOGETHER + 1]):
-        if place > first and size + more > _TOGETHER:
-            line = torch.cat(list(views[first:place])) if place - first > 1 else views[first]
-            if not math.isfinite(torch.dot(line, line)):
-                return False
-            first, size = place, 0
-        size += more
-    return True
+    """Return whether the squares of all elements, and their sum, are finite."""
+    line = torch.cat(list(views)) if len(views) > 1 else views[0]
+    return math.isfinite(torch.dot(line, line))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_localsgd.anchor import Trained
 from lightning_localsgd.finite import Finding, Finiteness
 from lightning_localsgd.mean import bytes_of_element
+from lightning_localsgd.tree import Tree
 
 Named = Iterable[tuple[str, Tensor]]
 _INTEGERS = (
@@ -49,9 +50,9 @@ def line(name: str, tensor: Tensor) -> Line:
 class Look:
     """The tensors of a replica at one moment, named: first the parameters, then all others."""
 
-    def __init__(self, parameters: Named, others: Named) -> None:
-        self.parameters = list(parameters)
-        self.named = [*self.parameters, *others]
+    def __init__(self, parameters: list[tuple[str, Tensor]], others: Named) -> None:
+        self.parameters = parameters
+        self.named = [*parameters, *others]
 
     @cached_property
     def pieces(self) -> list[list[Tensor]]:
@@ -70,7 +71,7 @@ class Look:
                 [name for name, _ in self.named],
                 [x.shape for x in tensors],
                 [x.stride() for x in tensors],
-                *([getattr(x, what) for x in tensors] for what in ("dtype", "layout", "is_meta", "requires_grad")),
+                *([getattr(x, what) for x in tensors] for what in ("dtype", "layout", "device", "requires_grad")),
                 [type(x) for x in tensors],
             ]
         except (RuntimeError, ValueError):  # lazy or sparse
@@ -103,7 +104,7 @@ class Replica:
         iterates: Callable[[], Named] = lambda: (),
         has_anchor: bool = False,
     ) -> None:
-        self._module = module
+        self._tree = Tree(module)
         self._skip_frozen = skip_frozen
         self._iterates = iterates
         self._has_anchor = has_anchor
@@ -131,6 +132,7 @@ class Replica:
     def forget(self) -> None:
         """Let go, also of the memory of a module that may go elsewhere."""
         self._held, self._views = None, (None, [])
+        self._tree.forget()
 
     def let_go(self) -> None:
         """No longer."""
@@ -140,8 +142,8 @@ class Replica:
         return self._held or self._now_there()
 
     def _now_there(self) -> Look:
-        others = chain(self._iterates(), self._module.named_buffers())
-        return Look(self._module.named_parameters(), others)
+        parameters, buffers = self._tree.look()
+        return Look(parameters, chain(self._iterates(), buffers))
 
     def begin_round(self) -> None:
         """Take note of which parameters are frozen, and which are trained, now that all replicas are equal."""
@@ -171,15 +173,17 @@ class Replica:
 
     def rest(self) -> list[Tensor]:
         """Return views of all others that an average sends."""
+        if not self._trained:
+            return self.sent()
         return self._pieces(lambda name, tensor: not (name in self._trained or self._rests(name, tensor)))
 
     def tensors(self) -> list[Tensor]:
         """Return views (one-dimensional each) that together cover every parameter and buffer once."""
-        return self._pieces(lambda name, tensor: True)
+        return list(chain.from_iterable(self._look().pieces))
 
     def sent(self) -> list[Tensor]:
         """Return the same views for the tensors that an average sends: all, but for what is frozen and skipped."""
-        return self._pieces(lambda name, tensor: not self._rests(name, tensor))
+        return self._pieces(lambda name, tensor: not self._rests(name, tensor)) if self._resting else self.tensors()
 
     def _pieces(self, wanted: Callable[[str, Tensor], bool]) -> list[Tensor]:
         look = self._look()
@@ -188,7 +192,7 @@ class Replica:
 
     def keys(self) -> list[tuple[str, int] | None]:
         """Name those of :meth:`sent` that are trained: the parameter, and which piece of its memory."""
-        parameters = {id(parameter) for parameter in self._module.parameters()}
+        parameters = {id(parameter) for _, parameter in self._tree.look()[0]}
         return [
             (name, place) if tensor.requires_grad and id(tensor) in parameters else None
             for name, tensor in self._named()
@@ -206,7 +210,7 @@ class Replica:
 
     def named_buffers(self) -> set[str]:
         """Return the names of those that are of buffers."""
-        buffers = {name for name, _ in self._module.named_buffers()}
+        buffers = {name for name, _ in self._tree.look()[1]}
         return set(self._by_name(lambda name, tensor: name in buffers))
 
     def _by_name(self, wanted: Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
@@ -219,7 +223,7 @@ class Replica:
 
     def buffers(self) -> list[Tensor]:
         """Return the same views for the buffers alone."""
-        return [piece for buffer in self._module.buffers() for piece in pieces(buffer)]
+        return [piece for _, buffer in self._tree.look()[1] for piece in pieces(buffer)]
 
     def trained_keys(self) -> list[tuple[str, int]]:
         """Name the views of :meth:`trained` likewise."""
@@ -227,18 +231,15 @@ class Replica:
 
     def payload(self) -> tuple[int, int]:
         """Return how many bytes an average of models sums up, and one of gradients and buffers, as DDP's."""
-        key = (
-            [parameter.requires_grad for parameter in self._module.parameters()],
-            [buffer.numel() for buffer in self._module.buffers()],
-            self._resting,
-        )
+        parameters, buffers = self._tree.look()
+        key = [x.requires_grad for _, x in parameters], [x.numel() for _, x in buffers], self._resting
         if key != self._payload[0]:
             self._payload = key, self._count()
         return self._payload[1]
 
     def _count(self) -> tuple[int, int]:
         models = gradients = 0
-        buffers = {id(buffer) for buffer in self._module.buffers()}
+        buffers = {id(buffer) for _, buffer in self._tree.look()[1]}
         for name, tensor in self._named():
             count = tensor.numel() if tensor.is_contiguous() else sum(len(piece) for piece in pieces(tensor))
             size = count * bytes_of_element(tensor)
@@ -336,7 +337,7 @@ class Replica:
         self._resting, self._trained = set(state["resting"]), set(state["trained"])
 
     def _in_module(self) -> Named:
-        return chain(self._module.named_parameters(), self._module.named_buffers())
+        return chain(*self._tree.look())
 
     def _description(self) -> int:
         lines = [(name, str(tensor.dtype), tensor.shape, tensor.stride()) for name, tensor in self._in_module()]

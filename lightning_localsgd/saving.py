@@ -5,11 +5,9 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -25,8 +23,8 @@ from lightning_localsgd.checkpoint import (
     refuse_one_worker,
 )
 from lightning_localsgd.clock import Clock
-from lightning_localsgd.fingerprint import MODEL, compare, describe, greet, words
-from lightning_localsgd.header import Header, Want
+from lightning_localsgd.fingerprint import MODEL, compare, describe, words
+from lightning_localsgd.header import Want
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import load_as_it_was, mean_state
 from lightning_localsgd.outer import OuterStep
@@ -34,15 +32,12 @@ from lightning_localsgd.pace import Proportional
 from lightning_localsgd.rest import Rest
 from lightning_localsgd.resume import Fit, all_go_on_from, read_part
 from lightning_localsgd.schedule import Schedule
-from lightning_localsgd.worker import OptimizerState, Worker
-
-if TYPE_CHECKING:
-    _Base = DDPStrategy
-else:
-    _Base = object  # `lightning.pytorch` and `pytorch_lightning` share no class: theirs comes with `LocalSGDStrategy`
+from lightning_localsgd.states import OptimizerState
+from lightning_localsgd.talking import Talks
+from lightning_localsgd.worker import Worker
 
 
-class Keeps(_Base):
+class Keeps(Talks):
     """The part of the strategy that saves, removes and loads checkpoints."""
 
     schedule: Schedule
@@ -52,49 +47,22 @@ class Keeps(_Base):
     _replica_rule: Literal["device", "node"]
     _pace_rule: Proportional | None
     _exact: bool
-    _header: Header | None
     _keeper: Keeper
-    _worker: Worker | None  # of the fit in progress
     _last: Worker | None  # of the last fit, for a checkpoint that is saved after it
     _rest: Rest | None  # follows what is had of its data
     _fit: Fit | None  # follows the fit in progress, where checkpoints are exact
     _pacing: "_lightning.Pacing | None"
-    _running: bool  # between `on_train_start` and `on_train_end`, where every collective has a header
     _resumed: dict[str, Any]  # our entry in the checkpoint that a fit goes on from
     _part: dict[str, Any] | None  # this worker's part of it, if it goes on exactly
 
     def _restart(self) -> None:
         raise NotImplementedError
 
-    def _talk(self) -> Header:
-        """Return how the ranks hear of each other; all make it at once."""
-        if self._header is None:
-            greet(self.global_rank, self.world_size, self._timeout)
-            self._header = Header(self.global_rank, self.world_size, self._timeout)
-        return self._header
-
-    @property
-    def worker(self) -> Worker:
-        """This worker, during ``fit``: its clock, its replica, and its part in the protocol."""
-        if self._worker is None:
-            raise RuntimeError("There is a worker only during `fit`.")
-        return self._worker
-
     @property
     def rest(self) -> Rest:
         """What this worker has had of an epoch's data, during ``fit``."""
         assert self._rest is not None
         return self._rest
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
-
-    @property
-    def _communicates(self) -> bool:
-        """Whether this rank may send headers: in training, and not on the way out with an exception."""
-        return self._running and not self._trainer.interrupted
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with self.worker.consensus() if self._communicates else nullcontext():

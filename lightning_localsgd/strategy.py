@@ -3,10 +3,9 @@
 import inspect
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,13 +21,12 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_localsgd import _lightning
 from lightning_localsgd.checkpoint import Keeper
 from lightning_localsgd.clock import Clock
 from lightning_localsgd.collectives import MetricSync, StepWarning
-from lightning_localsgd.header import Header, Want, explained
+from lightning_localsgd.header import Header, Want
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.links import AllLinks, Links, links_of, nodes_of
 from lightning_localsgd.mean import Mean
@@ -42,14 +40,14 @@ from lightning_localsgd.rest import Rest
 from lightning_localsgd.resume import Fit
 from lightning_localsgd.rounds import Listener, Round, Rounds
 from lightning_localsgd.saving import Keeps
-from lightning_localsgd.schedule import AtEnd, Every, Schedule, require_known_needs
+from lightning_localsgd.schedule import Every, Schedule
 from lightning_localsgd.sequences import require_step_by_step
+from lightning_localsgd.settings import require_settings
 from lightning_localsgd.signals import REQUEUE, Signals
 from lightning_localsgd.spread import Spread
 from lightning_localsgd.start import joining
+from lightning_localsgd.states import States
 from lightning_localsgd.worker import Worker
-
-_T = TypeVar("_T")
 
 
 class LocalSGD(Keeps):
@@ -125,10 +123,6 @@ class LocalSGD(Keeps):
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        if not isinstance(mean, Mean):
-            raise ValueError(f"`mean` must be a `Mean`, got {mean!r}.")
-        if checkpoint not in ("consensus", "exact"):
-            raise ValueError(f'`checkpoint` must be "consensus" or "exact", got {checkpoint!r}.')
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -141,51 +135,15 @@ class LocalSGD(Keeps):
             **_ddp_options(),
         )
         self.schedule = period if isinstance(period, Schedule) else Every(period)
-        require_known_needs(self.schedule)
-        if outer is not None and not isinstance(outer, OuterStep):
-            raise ValueError(f"`outer` must be an `Outer`, `DiLoCo`, `SlowMo` or None, got {outer!r}.")
-        if not (optimizer_state in ("keep", "average", "reset") or isinstance(optimizer_state, AverageState)):
-            raise ValueError(
-                f'`optimizer_state` must be "keep", "average", "reset" or an `AverageState`, got {optimizer_state!r}.'
-            )
-        if not (pace in ("equal", "proportional") or isinstance(pace, Proportional)):
-            raise ValueError(f'`pace` must be "equal", "proportional" or a `Proportional`, got {pace!r}.')
-        if replica not in ("device", "node"):
-            raise ValueError(f'`replica` must be "device" or "node", got {replica!r}.')
-        if pace != "equal" and replica == "node":
-            raise ValueError(
-                f"`pace` must be 'equal' with `replica=\"node\"`, whose devices step together, got {pace!r}."
-            )
-        if pace != "equal" and self.schedule.check:
-            raise ValueError(
-                "`pace` must be 'equal' with a schedule that asks in a round whether it ends, after the same number "
-                f"of steps on each worker, got {pace!r} with {self.schedule!r}."
-            )
-        if self.schedule.averages_only_gradients:
-            without_effect = {
-                "mean": (mean, Mean(mean.bucket_mb)),
-                "outer": (outer, None),
-                "optimizer_state": (optimizer_state, "keep"),
-                "pace": (pace, "equal"),
-            }
-            for name, (given, default) in without_effect.items():
-                if given != default:
-                    raise ValueError(
-                        "With a `period` of 1 gradients are averaged, as DDP does, and "
-                        f"`{name}` has no effect: leave it at its default, got {given!r}."
-                    )
-        if (mean.delay and isinstance(optimizer_state, AverageState)) or (mean.delay and optimizer_state == "average"):
-            raise ValueError(
-                '`optimizer_state` must be "keep" or "reset" where averages land with a delay, got '
-                f"{optimizer_state!r} with {mean!r}."
-            )
-        if isinstance(self.schedule, Every) and mean.delay > self.schedule.period:
-            raise ValueError(
-                f"`delay` must be at most the period, after which the next average is sent, got {mean.delay} with "
-                f"{self.schedule!r}."
-            )
-        if isinstance(self.schedule, AtEnd) and mean.delay:
-            raise ValueError(f"`delay` must be 0 with `AtEnd`, whose only average is taken at once, got {mean.delay}.")
+        require_settings(
+            self.schedule,
+            mean=mean,
+            outer=outer,
+            optimizer_state=optimizer_state,
+            replica=replica,
+            pace=pace,
+            checkpoint=checkpoint,
+        )
         self.outer = outer
         self._replica_rule = replica
         self._state_rule = AverageState() if optimizer_state == "average" else optimizer_state
@@ -349,7 +307,7 @@ class LocalSGD(Keeps):
             mean=self.mean,
             landing=landing,
             seed=self._seed,
-            optimizer_state=self._state_rule,
+            states=States(self._state_rule, optimizers, self.mean, header, links.between, self.root_device),
             measured=Measured(
                 needs, self._resumed.get("measured"), fastest=self._pace is not None, watched=rounds.watched
             ),
@@ -778,84 +736,6 @@ class LocalSGD(Keeps):
         if self._is_set_up or self._worker is not None:
             raise RuntimeError("`listen` must be called before the model is set up, as in a callback's `setup`.")
         self._listeners.append(Listener(on_round, on_spread, moves))
-
-    # ------------------------------------------------------------------------------------------ Lightning's collectives
-
-    @property
-    def _is_silent(self) -> bool:
-        """Whether there is nobody to talk to, or no talking on the way out with an exception."""
-        return self.world_size == 1 or (self.lightning_module is not None and self._trainer.interrupted)
-
-    def _telling(self) -> AbstractContextManager[None]:
-        if self._header is None:
-            return explained(f"Rank {self.global_rank}, which starts,")
-        return self._header.telling()
-
-    def _listen(self) -> None:
-        if self._trainer.training and self.worker.clock.averages_models:
-            self._warn_of_step()
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._is_silent:
-            return
-        if self._running:
-            self._listen()
-            self.worker.ask(Want.BARRIER)
-        else:
-            with self._telling():
-                super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: _T, src: int = 0) -> _T:
-        if self._is_silent:
-            return obj
-        with self._telling():
-            if not self._running:
-                return super().broadcast(obj, src)
-            self._listen()
-            value: _T = self.worker.collectives.broadcast(obj, src)
-            return value
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        if self._is_silent or not isinstance(tensor, Tensor):
-            return tensor
-        everyone = partial(super().reduce, tensor, group, reduce_op)
-        if not self._running or group not in (None, dist.group.WORLD):
-            return everyone()
-        self._listen()
-        with self._telling():
-            value, _ = self.worker.collectives.reduce(tensor, reduce_op, everyone)
-        return value
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
-        if self._is_silent:
-            return decision
-        if not self._running:
-            with self._telling():
-                return super().reduce_boolean_decision(decision, all)
-        self._listen()
-        votes = torch.tensor(int(decision), device=self.root_device)
-        everyone = partial(super().reduce, votes, reduce_op="sum")
-        with self._telling():
-            total, voters = self.worker.collectives.reduce(votes, "sum", everyone)
-        return bool(total == voters) if all else bool(total)
-
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        if self._is_silent:
-            return tensor.unsqueeze(0)
-        if self._running and group in (None, dist.group.WORLD):
-            self._listen()
-            self.worker.ask(Want.ALL_GATHER)
-        with self._telling():
-            return super().all_gather(tensor, group, sync_grads)
-
-    def _gather_metric(self, tensor: Tensor) -> list[Tensor]:
-        if self._is_silent:
-            return [tensor]
-        with self._telling():
-            if not self._running:
-                return list(gather_all_tensors(tensor))
-            self._listen()
-            return self.worker.collectives.gather(tensor)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

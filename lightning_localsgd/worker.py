@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,16 +21,14 @@ from lightning_localsgd.fingerprint import other_model
 from lightning_localsgd.header import AT_ONCE, INSISTS, Decision, Header, Message, ReplicasDiffer, Want
 from lightning_localsgd.landing import Landing
 from lightning_localsgd.links import Links
-from lightning_localsgd.mean import Mean, bytes_of_element
-from lightning_localsgd.moments import AverageState, average_states, averaged, mean_state
+from lightning_localsgd.mean import Mean
 from lightning_localsgd.optimizers import Optimizers
 from lightning_localsgd.pace import Pace
 from lightning_localsgd.progress import Measured, Report
 from lightning_localsgd.replica import Replica, Snapshot
 from lightning_localsgd.rounds import Rounds
 from lightning_localsgd.signals import Signals
-
-OptimizerState = Literal["keep", "reset"] | AverageState
+from lightning_localsgd.states import States
 
 
 class Worker:
@@ -47,7 +45,7 @@ class Worker:
         mean: how models are averaged.
         landing: what becomes of the mean.
         seed: of the noise in roundings.
-        optimizer_state: what becomes of the optimizers' states.
+        states: what becomes of the optimizers' states.
         measured: what is known to the schedule and the pace.
         pace: how much this worker does in a round, or None if all do the same.
         rounds: tells of each round to those who listen.
@@ -72,7 +70,7 @@ class Worker:
         mean: Mean,
         landing: Landing,
         seed: int,
-        optimizer_state: OptimizerState,
+        states: States,
         measured: Measured,
         pace: Pace | None,
         rounds: Rounds,
@@ -104,7 +102,7 @@ class Worker:
             device=device,
             look=self.heed,
         )
-        self._optimizer_state = optimizer_state
+        self._states = states
         self.measured = measured
         self.pace = pace
         self.rounds = rounds
@@ -125,7 +123,6 @@ class Worker:
         self.round_is_due = False  # it has ended, but signals are acted on first
         self._modest = False  # whether the replica has no large elements, as the last header's look has shown
         self._came: float | None = None  # when it came to the end of its round
-        self._states_found: set[str] = set()  # of `optimizer_state`, as all know
         self._restarts: Counter[int] = Counter()  # of each rank, because it was not finite
 
     @property
@@ -247,7 +244,7 @@ class Worker:
             elif decision.want is Want.CONSENSUS and not asked:
                 self.average(decision.weights, write=False)
             elif decision.want is Want.MOMENTS and not asked:
-                self._mean_state(self.optimizers.all()[decision.detail].state_dict(), decision)
+                self._states.mean(self.optimizers.all()[decision.detail].state_dict(), decision.askers[0])
             elif decision.want is Want.FILES and not asked:
                 self._files(decision.askers[0])
             elif not asked and decision.want not in (Want.GO_ON, Want.HOLD):
@@ -479,9 +476,9 @@ class Worker:
         if self.pace is not None:
             self.pace.hear([report.step_seconds for report in decision.reports])
         self._tell_of_nonfinite(decision)
-        self._average_states(decision)
+        self._states.end_round(decision, self.clock.round)
         if not later:
-            self._restart_states(of)
+            self._states.start_round(of.left_out)
         scales = [scale for scale, weight in zip(decision.loss_scales, decision.weights, strict=True) if weight]
         if min(scales):
             self.optimizers.loss_scale = min(scales)
@@ -510,7 +507,7 @@ class Worker:
             start, flight = time.perf_counter(), self.averages.flight
             squares = self.averages.land(self.at_consensus)
             self._modest = False  # what the last header looked at is not here any more
-            self._restart_states(flight.of)
+            self._states.start_round(flight.of.left_out)
             seconds = flight.seconds + self._seconds_since(start)  # in which it had to wait
             self.measured.note_average(flight.of.steps, seconds, flight.of.waited, squares)
             flight.tell(seconds)
@@ -546,11 +543,7 @@ class Worker:
         if not self.rounds.are_heard:
             return lambda seconds: None
         payload, payload_of_ddp = self.averages.payload()
-        rule = self._optimizer_state
-        due = rule.due(self.clock.round + 1) if isinstance(rule, AverageState) else set()
-        if due or due is None:
-            moments = averaged(self.optimizers.all(), due)
-            payload += sum(moment.numel() * bytes_of_element(moment) for moment in moments)
+        payload += self._states.payload(self.clock.round)
         return partial(
             self._tell_of_models, of, step=decision.step, reports=decision.reports, sizes=(payload, payload_of_ddp)
         )
@@ -588,44 +581,6 @@ class Worker:
                 f"{', '.join(str(len(rates)) for rates in told)}."
             )
         return self.optimizers.rates_by_name([math.fsum(of) / len(of) for of in zip(*counted, strict=True)])
-
-    def _average_states(self, decision: Decision) -> None:
-        rule, optimizers = self._optimizer_state, self.optimizers.all()
-        if rule == "reset":  # where the next round starts
-            found, what = any(optimizer.state for optimizer in optimizers), "a state to reset"
-        elif isinstance(rule, AverageState):
-            due = rule.due(self.clock.round + 1)
-            if due is not None and not due:
-                return
-            with torch.profiler.record_function("localsgd::optimizer_state"):
-                found = average_states(
-                    optimizers, self.mean, self._header, self.links, decision.weights, due, self._device
-                )
-            names = "moments" if due is None else " or ".join(f"`{key}`" for key in sorted(due))
-            what = f"{names} to average"
-        else:
-            return
-        self._require_state(found, what)
-
-    def _require_state(self, found: bool, what: str) -> None:
-        """See once that there is what `optimizer_state` is about, as soon as any optimizer has stepped.
-
-        Raises:
-            ValueError: on all ranks, if there is not.
-        """
-        if what in self._states_found:
-            return
-        told = self._header.gather((found, self.optimizers.have_stepped))
-        if any(found for found, _ in told):
-            self._states_found.add(what)
-        elif any(stepped for _, stepped in told):
-            raise ValueError(f'`optimizer_state` must be "keep" where no optimizer keeps {what}.')
-
-    def _restart_states(self, of: Ending) -> None:
-        if self._optimizer_state == "reset":
-            self.optimizers.reset()
-        if of.left_out:
-            self.optimizers.reset(gradients=True)
 
     def _tell_of_nonfinite(self, decision: Decision) -> None:
         for rank in [rank for rank in decision.left_out if decision.bad[rank]]:
@@ -675,10 +630,7 @@ class Worker:
         if self.alone or not self.clock.averages_models:
             return state
         index = next(i for i, other in enumerate(self.optimizers.all()) if other is optimizer)
-        return self._mean_state(state, self.ask(Want.MOMENTS, detail=index))
-
-    def _mean_state(self, state: dict[str, Any], decision: Decision) -> dict[str, Any]:
-        return mean_state(state, self.mean, self._header, self.links, reader=decision.askers[0], device=self._device)
+        return self._states.mean(state, self.ask(Want.MOMENTS, detail=index).askers[0])
 
     @contextmanager
     def consensus(self) -> Generator[None, None, None]:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_localsgd import LocalSGDStrategy, Mean
-from lightning_localsgd.finite import Finiteness
+from lightning_localsgd.finite import Finiteness, runs
 from lightning_localsgd.replica import Replica, pieces
 from tests.models import Constant, Trajectory, loader, rank, trainer
 from tests.workers import run_workers
@@ -71,6 +71,15 @@ def test_what_a_module_is_made_with_is_no_fault():
     assert examine(finiteness, mask=larger, lowest=lowest, frozen=frozen) == (0, False)
     lowest.fill_(math.nan)  # it has been finite, so this is new
     assert examine(finiteness, mask=larger, lowest=lowest, frozen=frozen) == (2, False)
+
+
+def test_small_tensors_share_a_look_of_bounded_size():
+    sizes = [0, 3, 0, 40_000, 25_533, 1, 100_000, 0, 7]
+    views = [torch.empty(size) for size in sizes]
+    assert runs(views) == [[0, 1, 2, 3, 4], [5], [6], [7, 8]]  # of 2^16 elements at most, or of one tensor
+    assert runs([*views, torch.zeros(3, dtype=torch.int64)]) == runs(views)  # integers are finite
+    assert runs([*views, torch.empty(3, dtype=torch.float64)]) == []  # of two kinds
+    assert runs([torch.empty(3, device="meta")]) == runs([torch.empty(3, dtype=torch.float16)]) == runs([]) == []
 
 
 def test_one_bad_element_is_found_among_many_small_tensors():
