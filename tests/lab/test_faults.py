@@ -20,6 +20,7 @@ import pytest
 
 from tests.lab.cluster import address
 from tests.lab.faulty import PHASES, process
+from tests.shell import ROOT
 
 TIMEOUT = 6.0  # the strategy's, here
 GRACE = 8.0  # seconds for a process to end once it has given up; the machine is busy with the other cells
@@ -256,6 +257,48 @@ def test_a_restart_goes_on_exactly_from_the_newest_checkpoint(ended, lab, tmp_pa
         one.join(60)
     assert [one.exitcode for one in processes] == [0, 0], (tmp_path / "log-0").read_text()
     assert digests(tmp_path) == digests(folder / name_of(NO_FAULTS[0]))
+
+
+START = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from tests.lab.faulty import Model, train
+{change}
+given = dict(folder=Path(sys.argv[1]), saves=Path(sys.argv[1]) / "saves", timeout=float(sys.argv[4]))
+train(phase="", rank=int(sys.argv[3]), workers=2, resume=None, **given)
+"""
+STRANGERS = {
+    "version": ("", "All workers must speak one protocol, .* rank 1's protocol is 1000 where rank 0's is"),
+    "model": (
+        "made = Model.__init__\n"
+        "def other(self, told): made(self, told); self.net[0].register_buffer('more', self.net[0].bias.new_zeros(3))\n"
+        "Model.__init__ = other",
+        "All workers must train the same model, .* rank 1 differ from those of rank 0: .*`net.0.more`",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_another_version_of_the_code_and_another_model_are_refused_on_both_hosts(lab, tmp_path, what):
+    change, expected = STRANGERS[what]
+    packages = [ROOT, ROOT]
+    if what == "version":  # really installed elsewhere
+        packages[1] = tmp_path / "other"
+        shutil.copytree(ROOT / "lightning_localsgd", packages[1] / "lightning_localsgd")
+        header = packages[1] / "lightning_localsgd" / "header.py"
+        header.write_text(re.sub(r"(?m)^PROTOCOL = \d+$", "PROTOCOL = 1000", header.read_text()))
+    started, logs = [], [tmp_path / f"log-{rank}" for rank in range(2)]
+    for rank, (host, package) in enumerate(zip(lab.hosts[2:4], packages, strict=True)):
+        env = {"MASTER_ADDR": address(2), "MASTER_PORT": "29500", "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+        code = START.format(change=change if rank else "")
+        with logs[rank].open("w") as log:
+            words = [sys.executable, "-c", code, tmp_path, package, rank, TIMEOUT]
+            started.append(host.start(*words, env=env, stdout=log, stderr=log))
+    for one, log in zip(started, logs, strict=True):
+        assert one.wait(60) not in (0, -signal.SIGKILL), log.read_text()
+        assert re.search(expected, said_by(log)), log.read_text()
+    assert not (tmp_path / "saves").exists()
 
 
 def digests(folder):
