@@ -14,6 +14,7 @@ Needs: as many cores as workers, for the clock to mean something; about 3 minute
 import argparse
 import random
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from multiprocessing.connection import Connection
@@ -114,11 +115,20 @@ def measure(network: str, size: int, generations: int, repeats: int) -> list[lis
     return results
 
 
-def ratio(results: list[list[dict[str, tuple[float, float]]]], which: int) -> tuple[float, float, float]:
-    """Return the ratio of median times, and its 95 % interval by resampling generations and repeats in them."""
+def ratio(
+    results: Sequence[Sequence[Mapping[str, Sequence[float]]]], way: str, to: str, which: int
+) -> tuple[float, float, float]:
+    """Return the ratio of median times, and its 95 % interval by resampling generations and repeats in them.
 
-    def of(turns: list[dict[str, tuple[float, float]]]) -> float:
-        return median(turn[OURS][which] for turn in turns) / median(turn[PLAIN][which] for turn in turns)
+    Args:
+        results: of each generation, of each repeat in it, the times of each way.
+        way: above the line.
+        to: below it.
+        which: of the times.
+    """
+
+    def of(turns: Sequence[Mapping[str, Sequence[float]]]) -> float:
+        return median(turn[way][which] for turn in turns) / median(turn[to][which] for turn in turns)
 
     def resample() -> float:
         generations = random.choices(results, k=len(results))
@@ -144,7 +154,7 @@ def main() -> None:
             ours, plain = (
                 1000 * median(turn[way][which] for turns in results for turn in turns) for way in (OURS, PLAIN)
             )
-            middle, low, high = ratio(results, which)
+            middle, low, high = ratio(results, OURS, PLAIN, which)
             print(
                 f"{network:5} {clock:10}  {OURS} {ours:6.3f} ms  {PLAIN} {plain:6.3f} ms  "
                 f"ratio {middle:.3f}  (95 % interval {low:.3f} to {high:.3f}; aim 1.02)",

@@ -19,14 +19,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import chain
 from multiprocessing.connection import Connection
-from statistics import mean, median, quantiles
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from local_step import NETWORKS, Classifier, Turns
+from local_step import NETWORKS, Classifier, Turns, ratio
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from workers import QUIET, ask, workers
 
@@ -137,20 +137,6 @@ def measure(network: str, size: int, generations: int, repeats: int) -> list[lis
     return results
 
 
-def ratio(results: list[list[dict[str, Turn]]], way: str, which: int) -> tuple[float, float, float]:
-    """Return the ratio of median times, and its 95 % interval by resampling generations and repeats in them."""
-
-    def of(turns: list[dict[str, Turn]]) -> float:
-        return median(turn[way][which] for turn in turns) / median(turn["without"][which] for turn in turns)
-
-    def resample() -> float:
-        generations = random.choices(results, k=len(results))
-        return of([turn for turns in generations for turn in random.choices(turns, k=len(turns))])
-
-    cuts = quantiles((resample() for _ in range(5_000)), n=40)
-    return of(list(chain(*results))), cuts[0], cuts[-1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
@@ -168,7 +154,7 @@ def main() -> None:
         print(f"{network}: {step:.3f} ms a step without a monitor")
         for way in list(WAYS)[1:]:
             for which, clock in enumerate(("wall clock", "CPU time")):
-                middle, low, high = ratio(results, way, which)
+                middle, low, high = ratio(results, way, "without", which)
                 print(f"  {way:14} {clock:10} ratio {middle:.3f}  (95 % interval {low:.3f} to {high:.3f}; aim 1.01)")
             print(f"  {way:14} own calls  {median(turn[way].own for turn in turns):.2%} of the time", flush=True)
 
