@@ -307,7 +307,8 @@ class Replica:
         named = self._named()
         if self._resting:
             named = [(name, tensor) for name, tensor in named if not self._rests(name, tensor)]
-        return self._finiteness.examine(named, self.sent(), (self._see(), self._resting))
+        key = self._see()
+        return self._finiteness.examine(named, self.sent(), None if key is None else (key, self._resting))
 
     def name(self, place: int) -> str:
         """Return the name of the tensor at this place, from 1, of those that :meth:`examine` looks at."""
