@@ -251,11 +251,9 @@ def test_a_restart_goes_on_exactly_from_the_newest_checkpoint(ended, lab, tmp_pa
     _, folder = ended
     saves = folder / name_of(cell) / "saves"
     newest = max(saves.glob("*.ckpt"), key=os.path.getmtime, default=None)
-    given = {"folder": tmp_path, "saves": tmp_path / "saves", "resume": newest and str(newest)}
-    processes = [Pair(lab, 2).start(rank, tmp_path / f"log-{rank}", **given) for rank in range(2)]
-    for one in processes:
-        one.join(60)
-    assert [one.exitcode for one in processes] == [0, 0], (tmp_path / "log-0").read_text()
+    given = {"saves": tmp_path / "saves", "resume": newest and str(newest)}
+    codes, said = together(lab, tmp_path, 2, **given)
+    assert codes == [0, 0], said
     assert digests(tmp_path) == digests(folder / name_of(NO_FAULTS[0]))
 
 
@@ -299,6 +297,51 @@ def test_another_version_of_the_code_and_another_model_are_refused_on_both_hosts
         assert one.wait(60) not in (0, -signal.SIGKILL), log.read_text()
         assert re.search(expected, said_by(log)), log.read_text()
     assert not (tmp_path / "saves").exists()
+
+
+def saved(ended, where):
+    """Copy what the run without a fault has saved; return its newest checkpoint there."""
+    shutil.copytree(ended[1] / name_of(NO_FAULTS[0]) / "saves", where)
+    return max(where.glob("*.ckpt"), key=os.path.getmtime)
+
+
+def together(lab, folder, workers, **given):
+    """Train on as many hosts as workers; return exit codes and what each said last, when all have ended."""
+    given = {"folder": folder, "saves": folder / "more", "workers": workers} | given
+    processes = [Pair(lab, 2).start(rank, folder / f"log-{rank}", **given) for rank in range(workers)]
+    try:
+        for one in processes:
+            one.join(60)
+        return [one.exitcode for one in processes], [said_by(folder / f"log-{rank}") for rank in range(workers)]
+    finally:
+        for one in processes:
+            one.kill()
+            one.join()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda whole: whole[:-1000], "is damaged, or none: it is no whole file"),
+        (lambda whole: whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], r"is damaged: .*is not as saved"),
+    ],
+    ids=["truncated", "one bit"],
+)
+def test_a_damaged_checkpoint_is_refused_on_both_hosts(ended, lab, tmp_path, damage, expected):
+    newest = saved(ended, tmp_path / "saves")
+    newest.write_bytes(damage(newest.read_bytes()))
+    codes, said = together(lab, tmp_path, 2, resume=str(newest))
+    for code, one in zip(codes, said, strict=True):
+        assert code not in (None, 0, -signal.SIGKILL), one
+        assert re.search(f"{re.escape(newest.name)}.* {expected}", one), one
+    assert not (tmp_path / "more").exists()
+
+
+def test_another_number_of_workers_goes_on(ended, lab, tmp_path):
+    newest = saved(ended, tmp_path / "saves")
+    codes, said = together(lab, tmp_path, 3, resume=str(newest))
+    assert codes == [0, 0, 0], said
+    assert len({(tmp_path / f"digest-{rank}").read_text() for rank in range(3)}) == 1
 
 
 def digests(folder):
