@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from lightning_localsgd.start import addresses_of_interfaces
+
 Rows = list[tuple[str, str]]  # of a section: a name, and what is to be said of it
 
 PACKAGES = (
@@ -84,7 +86,7 @@ def sections(environ: Mapping[str, str]) -> dict[str, Rows]:
         "machine": _machine(),
         "devices": _devices(),
         "backends": _backends(),
-        "network": [("host", socket.gethostname()), *interfaces(_INTERFACES)],
+        "network": [("host", _host()), *interfaces(_INTERFACES, addresses_of_interfaces())],
         "launcher": told(environ),
     }
 
@@ -144,8 +146,17 @@ def _as_yaml(value: Any) -> str:
     return str(value)
 
 
-def interfaces(folder: Path) -> Rows:
-    """Return the network interfaces by name: whether they are up, and how fast where Linux says so."""
+def _host() -> str:
+    """Return this host's name, with the address for which it stands: others look for it there."""
+    name = socket.gethostname()
+    try:
+        return f"{name}, which stands for {socket.gethostbyname(name)}"
+    except OSError:
+        return f"{name}, which stands for no address"
+
+
+def interfaces(folder: Path, addresses: Mapping[str, str]) -> Rows:
+    """Return the network interfaces by name: whether they are up, how fast where Linux says so, and their address."""
     rows: Rows = []
     for interface in sorted(folder.iterdir()) if folder.is_dir() else []:
         state, speed, mtu = (_first_line(interface / name) for name in ("operstate", "speed", "mtu"))
@@ -153,7 +164,8 @@ def interfaces(folder: Path) -> Rows:
             continue
         # Loopback and most virtual interfaces have no speed: the kernel refuses to say, or says -1.
         known = f"{speed} Mbit/s" if speed is not None and speed.isdecimal() else "speed unknown"
-        rows.append((interface.name, f"{state}, {known}, MTU {mtu}"))
+        at = f", address {addresses[interface.name]}" if interface.name in addresses else ""
+        rows.append((interface.name, f"{state}, {known}, MTU {mtu}{at}"))
     return rows
 
 

@@ -5,6 +5,7 @@ and each has a CRC-32. ``torch.load`` looks at none of them. We do, so a file ca
 is saved, whatever is in it and whichever strategy saved it.
 """
 
+import glob
 import pickle
 import struct
 import warnings
@@ -16,6 +17,7 @@ from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import torch
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from torch.serialization import get_crc32_options, set_crc32_options
 
@@ -54,7 +56,7 @@ def load(path: str, *, map_location: Any = "cpu", weights_only: bool | None = No
     if files.isdir(name):
         raise ValueError(f"A checkpoint must be a file, and {path} is a folder.")
     if not files.exists(name):
-        raise FileNotFoundError(f"Checkpoint file not found: {path}")
+        raise FileNotFoundError(f"Checkpoint file not found: {path}{_others(files, name)}")
     with files.open(name, "rb") as file:
         require_intact(file, path)
         file.seek(0)
@@ -67,6 +69,14 @@ def load(path: str, *, map_location: Any = "cpu", weights_only: bool | None = No
     if not isinstance(checkpoint, dict):
         raise ValueError(f"A checkpoint must be a dict, and {path} holds a {type(checkpoint).__name__}.")
     return checkpoint
+
+
+def _others(files: AbstractFileSystem, name: str) -> str:
+    """Name the checkpoints beside one that is not there."""
+    folder = name.rpartition("/")[0]
+    there = sorted(path.rpartition("/")[2] for path in files.glob(f"{glob.escape(folder)}/*.ckpt")) if folder else []
+    more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+    return f". In its folder there is {', '.join(there[:_SHOWN])}{more}" if there else ""
 
 
 def require_intact(file: IO[bytes], path: str) -> None:

@@ -260,7 +260,8 @@ def solved(local: Sequence[_Seen], ddp: float, found: Mapping[tuple[WireName, bo
     own = max(seen.own for seen in local)
     costs = {key: period * (value - step) for key, (period, value) in found.items()}
     blocking, hidden = ({wire: cost for (wire, hides), cost in costs.items() if hides is of} for of in (False, True))
-    return Costs(tuple(step * seen.own / own for seen in local), ddp, blocking, hidden)
+    steps = tuple(step * seen.own / own for seen in local)
+    return Costs(steps, ddp, blocking, hidden, noise=_slowest(local) / step - 1)
 
 
 def completed(costs: Costs, may_delay: bool) -> Costs:

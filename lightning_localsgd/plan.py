@@ -18,6 +18,7 @@ WIRES: tuple[WireName, ...] = get_args(WireName)
 PERIODS = tuple(2**power for power in range(10))  # 1 is DDP
 TOLERANCE = 0.02  # of the speed, which a shorter period is worth
 _MARGIN = 1.2  # by which a delay is longer than an average takes, since not all take the same time
+_NOISE = 0.1  # of a measurement, above which it is told
 _BACKWARD = 2 / 3  # of a step, beside which DDP sends gradients, where it is not measured
 
 
@@ -36,6 +37,7 @@ class Costs:
         blocking: seconds of a blocking average, by wire.
         hidden: seconds that one costs while it travels beside local steps, by wire; empty where no delay is allowed.
         scaled: the wires of which something is not measured, but known from the bits of another one.
+        noise: by what part of it a step without averages was slower, when measured, than the fastest step with them.
     """
 
     steps: tuple[float, ...]
@@ -43,6 +45,7 @@ class Costs:
     blocking: Mapping[WireName, float]
     hidden: Mapping[WireName, float]
     scaled: frozenset[str] = frozenset()
+    noise: float = 0.0
 
     @property
     def step(self) -> float:
@@ -216,6 +219,17 @@ def show(costs: Costs) -> None:
     print_(f"\nRecommended: [bold green]{best}[/], {_rate(seconds(costs, best))} steps/s\n")
     print_(as_yaml(best), markup=False)
     print_(limits(costs, best))
+    if costs.noise > _NOISE:
+        print_(f"\n[yellow]Beware:[/] {doubt(costs)}")
+
+
+def doubt(costs: Costs) -> str:
+    """Return why what was measured is not to be trusted, where its noise is large."""
+    return (
+        f"steps without averages were {costs.noise:.0%} slower than some with them, so something else takes time of "
+        "these machines now and then, and averages may cost more than is said here. Measure again when that has ended, "
+        "or for longer (`--seconds`)."
+    )
 
 
 def bars(costs: Costs, width: int = 50) -> list[str]:

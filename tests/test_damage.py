@@ -180,6 +180,14 @@ def test_a_tensor_that_is_marked_as_a_folder_is_refused(tmp_path):
 def test_a_missing_file_is_lightnings_own_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
+    for number in range(5):
+        (tmp_path / f"step={number}.ckpt").touch()
+    (tmp_path / "notes.txt").touch()
+    beside = r"none\.ckpt\. In its folder there is step=0\.ckpt, step=1\.ckpt, step=2\.ckpt and 2 more$"
+    with pytest.raises(FileNotFoundError, match=beside):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"not found: nowhere\.ckpt$"):
+        AtomicCheckpointIO().load_checkpoint("nowhere.ckpt")
 
 
 def test_checksums_are_written_always_and_read_where_there_are_any(tmp_path):

@@ -104,9 +104,9 @@ def test_interfaces_have_a_speed_where_linux_says_so(tmp_path):
         if speed is not None:
             (tmp_path / name / "speed").write_text(speed)
     (tmp_path / "bonding_masters").write_text("")
-    assert interfaces(tmp_path) == [
-        ("eth0", "up, 1000 Mbit/s, MTU 1500"),
+    assert interfaces(tmp_path, {"eth0": "10.77.0.2"}) == [
+        ("eth0", "up, 1000 Mbit/s, MTU 1500, address 10.77.0.2"),
         ("eth1", "up, speed unknown, MTU 1500"),
         ("lo", "up, speed unknown, MTU 1500"),
     ]
-    assert interfaces(tmp_path / "not Linux") == []
+    assert interfaces(tmp_path / "not Linux", {}) == []

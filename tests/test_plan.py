@@ -18,6 +18,7 @@ from lightning_localsgd.plan import (
     as_yaml,
     bars,
     bits,
+    doubt,
     free,
     from_numbers,
     limits,
@@ -243,7 +244,10 @@ def test_costs_follow_from_what_was_measured():
     found = {("float32", False): (4, 3.0), ("int8", False): (4, 1.5), ("float32", True): (10, 1.25)}
     costs = solved(seen, 2.0, found)
     assert costs == Costs((0.5, 1.0), 2.0, {"float32": 8.0, "int8": 2.0}, {"float32": 2.5})
-    assert solved(seen, 0.5, found).steps == (0.25, 0.5)  # nothing is faster than a step alone
+    doubtful = solved(seen, 0.8, found)
+    assert doubtful.steps == (0.4, 0.8)  # nothing is faster than a step alone
+    assert doubtful.noise == pytest.approx(0.25)
+    assert doubt(doubtful).startswith("steps without averages were 25% slower than some with them")
     whole = completed(costs, may_delay=True)
     assert list(whole.blocking) == list(whole.hidden) == list(WIRES)
     assert whole.blocking["bfloat16"] == pytest.approx(2.0 * 16 / 8.125)  # nearer in bits than float32
