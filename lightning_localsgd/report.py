@@ -130,7 +130,7 @@ class Chart:
     Args:
         title: what it shows.
         curves: the points of each, by what the legend calls it.
-        beside: further ones, in the background.
+        beside: further ones, of each worker, in the background; they may lie under the first.
         words: writes a value of the axis.
     """
 
@@ -223,9 +223,10 @@ def draw(chart: Chart, span: tuple[float, float], width: int = 560, height: int 
     parts += [line(points, f"c{index}", name) for index, (name, points) in enumerate(curves.items()) if points]
     words = html.escape(f"{chart.title}, by step")
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{words}">{"".join(parts)}</svg>'
-    if len(curves) == 1:
+    names = [(f"c{index}", name) for index, name in enumerate(curves)] + [("beside", "each worker")] * bool(beside)
+    if len(names) == 1:
         return svg
-    legend = "".join(f'<span class="c{index}">{html.escape(name)}</span>' for index, name in enumerate(curves))
+    legend = "".join(f'<span class="{kind}">{html.escape(name)}</span>' for kind, name in names)
     return f"{svg}<div>{legend}</div>"
 
 
@@ -286,7 +287,7 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .beside { stroke: var(--muted); stroke-width: 1; opacity: .45; } .beside.dot { fill: var(--muted); }
 .c0 { stroke: var(--c0); color: var(--c0); } .c1 { stroke: var(--c1); color: var(--c1); }
 .c2 { stroke: var(--c2); color: var(--c2); } .c3 { stroke: var(--c3); color: var(--c3); }
-.dot { fill: currentColor; }
+.dot { fill: currentColor; } span.beside { color: var(--muted); opacity: 1; }
 figure span { margin-right: 1rem; } figure span::before { content: "\\2014\\00a0"; font-weight: 700; }
 footer { color: var(--muted); margin-top: 2rem; }
 """

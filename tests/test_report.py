@@ -77,7 +77,7 @@ def test_the_page_needs_nothing_beside_itself(logs, capsys):
     assert "default-src 'none'" in path.read_text()
     assert [word for word in page.words if word in TITLES] == TITLES
     assert page.seen.count("svg") == len(TITLES)
-    for words in ("steps that averaged gradients", "4, of 3 steps", "drift of the replicas"):
+    for words in ("steps that averaged gradients", "4, of 3 steps", "drift of the replicas", "drift", "each worker"):
         assert words in page.words
 
 

@@ -299,6 +299,25 @@ def test_another_version_of_the_code_and_another_model_are_refused_on_both_hosts
     assert not (tmp_path / "saves").exists()
 
 
+@pytest.mark.parametrize("meets_at", [address(2), "n2"])
+def test_hosts_whose_own_names_are_loopback_addresses_find_each_other(lab, tmp_path, meets_at):
+    started, logs = [], [tmp_path / f"log-{rank}" for rank in range(2)]
+    for rank, host in enumerate(lab.hosts[2:4]):  # as Debian has it
+        known = tmp_path / f"hosts-{rank}"
+        known.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n{address(2)} n2\n{address(3)} n3\n")
+        env = {"MASTER_ADDR": meets_at, "MASTER_PORT": "29500", "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+        words = [sys.executable, "-c", START.format(change=""), tmp_path, ROOT, str(rank), str(TIMEOUT)]
+        own = f"mount --bind {known} /etc/hosts && unset GLOO_SOCKET_IFNAME && exec \"$@\""
+        with logs[rank].open("w") as log:
+            unshared = ["unshare", "--mount", "sh", "-c", own, "sh", *words]
+            started.append(host.start(*unshared, env=env, stdout=log, stderr=log))
+    for one, log in zip(started, logs, strict=True):
+        assert one.wait(60) == 0, log.read_text()
+    assert f"Gloo uses the interface eth0 ({address(2)})" in logs[0].read_text()
+    first, second = digests(tmp_path)
+    assert first == second
+
+
 def saved(ended, where):
     """Copy what the run without a fault has saved; return its newest checkpoint there."""
     shutil.copytree(ended[1] / name_of(NO_FAULTS[0]) / "saves", where)
