@@ -102,7 +102,12 @@ class Board:
         self._turn = 0  # how many times all ranks have acted on signals
         self._told = -1  # the last turn in which some rank has told of a signal
         self._closed = threading.Event()
-        self.left = False  # whether some rank has left with an exception, or taken the store with it
+        # Not in the thread: in torch 2.6 a store that is made beside another thread's work may end the process
+        # (pybind11's issue 5473: its constructor takes it into a common list while it does not hold Python's lock).
+        self._own: Any = None
+        with suppress(RuntimeError):
+            self._own = self._connect()
+        self.left = self._own is None  # whether some rank has left with an exception, or taken the store with it
         self._thread = threading.Thread(target=self._serve, name="localsgd board", daemon=True)
         self._thread.start()
 
@@ -124,11 +129,12 @@ class Board:
     def close(self) -> None:
         """Look no more."""
         self._closed.set()
+        self._thread.join(timeout=_EVERY)  # so that the connection does not go while the main thread makes another one
 
     def _serve(self) -> None:
         try:
-            store, due = self._connect(), False
-            while not self._closed.wait(_EVERY):
+            store, due = self._own, False
+            while not (self.left or self._closed.wait(_EVERY)):
                 turn = self._turn
                 key = f"{self._name}/signal/{turn}"
                 if self._signals.pending and due:  # a second time: the next header has not told it meanwhile
@@ -136,12 +142,12 @@ class Board:
                 due = bool(self._signals.pending)
                 if store.check([key]):
                     self._told = turn
-                self.left = self.left or store.check([f"{self._name}/left"])
+                self.left = store.check([f"{self._name}/left"])
         except RuntimeError:  # the store has left with rank 0
             self.left = True
 
     def _connect(self) -> Any:
-        """Return a connection of the thread's own: one of another thread may be in use for long."""
+        """Return a connection for the thread: one of another thread may be in use for long."""
         if not isinstance(self._store, TCPStore):
             return self._store
         return TCPStore(self._store.host, self._store.port, is_master=False, timeout=_CONNECT)

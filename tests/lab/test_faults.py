@@ -307,7 +307,7 @@ def test_hosts_whose_own_names_are_loopback_addresses_find_each_other(lab, tmp_p
         known.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n{address(2)} n2\n{address(3)} n3\n")
         env = {"MASTER_ADDR": meets_at, "MASTER_PORT": "29500", "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
         words = [sys.executable, "-c", START.format(change=""), tmp_path, ROOT, str(rank), str(TIMEOUT)]
-        own = f"mount --bind {known} /etc/hosts && unset GLOO_SOCKET_IFNAME && exec \"$@\""
+        own = f'mount --bind {known} /etc/hosts && unset GLOO_SOCKET_IFNAME && exec "$@"'
         with logs[rank].open("w") as log:
             unshared = ["unshare", "--mount", "sh", "-c", own, "sh", *words]
             started.append(host.start(*unshared, env=env, stdout=log, stderr=log))
