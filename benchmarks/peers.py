@@ -648,14 +648,17 @@ def draw(found: dict[int, Costs], networks: Sequence[str], mbit: float) -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, len(networks), figsize=(10, 3.6), sharey=True, layout="constrained")
     ways = [way for way in WAYS if any(costs.turns.get(way) for costs in found.values()) and way != "DDP"][::-1]
-    height = 0.8 / len(found)
+    height = 0.5 / len(found)
     for axis, network in zip(axes, networks, strict=True):
         for number, (size, costs) in enumerate(found.items()):
             drawn = [(place, way) for place, way in enumerate(ways) if costs.turns.get(way)]
             values = [1000 * (row(costs, network, way).average or 0.0) for _, way in drawn]
             places = [place + height * ((len(found) - 1) / 2 - number) for place, _ in drawn]
-            axis.barh(places, values, height, color=f"C{number}", label=f"{size} workers")
-        axis.set_xscale("log")
+            axis.plot(values, places, "o", color=f"C{number}", label=f"{size} workers")
+        axis.set_xscale("log")  # on which a bar would have no beginning
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
         axis.set_title(network, fontsize=9)
         axis.set_xlabel("ms of an average")
     axes[0].set_yticks(range(len(ways)), [way.replace("`", "") for way in ways])
