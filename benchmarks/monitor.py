@@ -59,9 +59,9 @@ class Timed(LocalSGDMonitor):
         """No table."""
 
 
-def with_time(monitor: Timed, call: Callable[..., Any], *args: Any) -> Any:
+def with_time(monitor: Timed, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     start = time.perf_counter()
-    result = call(*args)
+    result = call(*args, **settings)
     monitor.seconds += time.perf_counter() - start
     return result
 
@@ -108,8 +108,8 @@ def train(pipe: Connection, rank: int, network: str, size: int, anchor: bool | N
 
 
 def timed(monitor: Timed, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        result = with_time(monitor, method, *args)
+    def call(*args: Any, **settings: Any) -> Any:
+        result = with_time(monitor, method, *args, **settings)
         return timed(monitor, result) if callable(result) else result
 
     return call
