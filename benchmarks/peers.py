@@ -655,6 +655,8 @@ def draw(found: dict[int, Costs], networks: Sequence[str], mbit: float) -> None:
             values = [1000 * (row(costs, network, way).average or 0.0) for _, way in drawn]
             places = [place + height * ((len(found) - 1) / 2 - number) for place, _ in drawn]
             axis.plot(values, places, "o", color=f"C{number}", label=f"{size} workers")
+            for value, place in zip(values, places, strict=True):
+                axis.annotate(f"{value:.4g}", (value, place), (5, 3), textcoords="offset points", fontsize=7)
         axis.set_xscale("log")  # on which a bar would have no beginning
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
