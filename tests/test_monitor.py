@@ -277,7 +277,7 @@ def trained(monitors):
 
 def test_the_training_is_the_same_bit_for_bit():
     # Five workers: the order in which five numbers are added depends on their places in the buckets.
-    for found in run_workers(trained, 5, [None, False, True]):
+    for found in run_workers(trained, 5, [None, False, True], timeout=300):
         assert list(found) == list(WAYS)
         for name, ((plain, told, _), *others) in found.items():
             assert len(plain) > 14
