@@ -64,8 +64,8 @@ def name_interface(address: str) -> None:
     Args:
         address: where the ranks meet.
     """
-    if not _is_loopback(gethostname()):
-        return
+    if address == "localhost" or address.startswith("127.") or not _is_loopback(gethostname()):
+        return  # all are on this host, or others find it
     addresses = addresses_of_interfaces()
     if not _is_loopback(address):
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent

@@ -52,6 +52,8 @@ def host(monkeypatch):
         ("me", {"eth0": "10.77.0.2", "eth1": "10.77.0.2"}, "rank0", None),
         ("me", {}, "rank0", None),
         ("fine", {"eth0": "10.77.0.2"}, "rank0", None),  # Gloo finds it by itself
+        ("me", {"eth0": "10.77.0.2"}, "127.0.0.1", None),  # all are on this host
+        ("me", {"eth0": "10.77.0.2"}, "localhost", None),
     ],
 )
 def test_an_interface_is_named_where_the_hosts_name_is_a_loopback_address(host, name, addresses, meets_at, expected):
