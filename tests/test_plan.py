@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from lightning_localsgd.plan import (
     seconds,
     settings,
     shortest_delay,
+    show,
 )  # fmt: skip
 from tests.models import Regression, loader
 from tests.shell import COMMAND, ROOT, ok
@@ -255,6 +257,12 @@ def test_costs_follow_from_what_was_measured():
     assert whole.hidden["int8"] == pytest.approx(2.5 * 8.125 / 32)
     assert whole.scaled == {"bfloat16", "float16", "int8", "int4"}
     assert completed(costs, may_delay=False).hidden == {}
+
+
+def test_numbers_that_contradict_each_other_are_doubted(capsys):
+    for noise, is_doubted in ((0.09, False), (0.11, True)):
+        show(replace(COSTS, noise=noise))
+        assert ("Beware: steps without averages" in capsys.readouterr().out) == is_doubted
 
 
 def test_digits_are_measured(tmp_path):
