@@ -9,11 +9,11 @@ that `plan` recommends, and with three others: float32 blocking with a period of
 with 16 and the delay that `plan` proposes; in random order, and medians count.
 
 Prints the predicted and the measured steps/s of each, their ratio, and how near the recommended setting comes to the
-fastest of all that were tried; exits with 1 if a ratio is off by more than 15 % or the latter by more than 5 %.
+fastest of all that were tried; exits with 1 if a ratio is off by more than 15 % or the latter by more than 5 %, but for
+`--quick`, whose runs are too short to judge by.
 
 Needs: Linux, root, `ip` and `tc` (Debian: iproute2), scikit-learn; a core for each worker, and nothing else that uses
-them; about 7 minutes (`--quick`: less than one, at 100 Mbit/s, DDP and two settings, once, and anything within a factor
-of 2 passes).
+them; about 7 minutes (`--quick`: less than one, at 100 Mbit/s, DDP and two settings, once).
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main() -> None:
         return
     if args.quick:
         args.speeds, args.seconds, args.repeats = [100], 10, 1
-    off, least, (worst_allowed, least_allowed) = 1.0, 1.0, (2.0, 0.5) if args.quick else (1.15, 0.95)
+    off = least = 1.0
     print("| Mbit/s | setting | predicted steps/s | measured | from to | ratio |\n" + "|---" * 6 + "|", flush=True)
     for mbit in args.speeds:
         costs, measured = compare(mbit, args.seconds, 1 if args.quick else 3, args.repeats)
@@ -137,7 +137,7 @@ def main() -> None:
         f"\npredictions are off by a factor of {off:.3f} at most; the recommended setting has {least:.1%} of the speed"
     )
     print(f"of the fastest that was tried, or more. Load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores.")
-    sys.exit(off > worst_allowed or least < least_allowed)
+    sys.exit(not args.quick and (off > 1.15 or least < 0.95))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_localsgd import _lightning
 from lightning_localsgd.cli import CLI
 from lightning_localsgd.mean import Mean
-from lightning_localsgd.plan import WIRES, Costs, bits
+from lightning_localsgd.plan import WIRES, Costs, bits, recommended, seconds
 from lightning_localsgd.rounds import Round
 from lightning_localsgd.schedule import AtEnd, Schedule
 from lightning_localsgd.strategy import LocalSGD, LocalSGDStrategy
 from lightning_localsgd.wire import WireName
 
-_FITS = 16  # into which the time is divided
+_FITS = 18  # into which the time is divided
 _PERIOD = 4  # of blocking averages that are measured
 # Which wire, and whether its average is to be hidden; but for the first one, while there is time.
 _ORDER: list[tuple[WireName, bool]] = [
@@ -233,7 +233,8 @@ def measure(run: Run, duration: float = 60, tell: Callable[[str], None] = lambda
         period = max(_PERIOD, math.ceil(1.5 * known / step) + 2) if hides else _PERIOD
         each = period * step + (0 if hides else known)
         count = 1 + bench.repeats(each, 2, 50)  # one to warm up
-        if (hides and not run.may_delay) or (found and not bench.has(overhead + count * each)):
+        after = overhead + bench.share  # for `check`
+        if (hides and not run.may_delay) or (found and not bench.has(overhead + count * each + after)):
             continue
         seen = bench.measure(period, period, count * period, wire, (period - 1) * hides)
         found[wire, hides] = period, _slowest(seen)
@@ -244,7 +245,27 @@ def measure(run: Run, duration: float = 60, tell: Callable[[str], None] = lambda
     if bench.has(overhead + 20 * step):
         again = bench.measure(AtEnd(), 4, 4 + bench.repeats(step / 2, 16, 2000))
         local = min(local, again, key=_slowest)
-    return completed(solved(local, ddp, found), run.may_delay)
+    return check(completed(solved(local, ddp, found), run.may_delay), bench, overhead)
+
+
+def check(costs: Costs, bench: _Bench, overhead: float) -> Costs:
+    """Return it with the recommended setting measured itself; if that is slower than computed, with the next, too.
+
+    Args:
+        costs: what was found.
+        bench: which measures while there is time.
+        overhead: seconds of a fit beside its steps.
+    """
+    while (best := recommended(costs)).period > 1 and best not in costs.checked:
+        expected = seconds(costs, best)
+        count = bench.repeats(best.period * expected, 2, 50)
+        if not bench.has(overhead + (2 + count) * best.period * expected):
+            break
+        first = 2 * best.period  # where the first delayed average has landed
+        step = _slowest(bench.measure(best.period, first, first + count * best.period, best.wire, best.delay))
+        costs = replace(costs, checked={**costs.checked, best: step})
+        bench.say(f"{best}: {1000 * step:.4g} ms a step, {1000 * expected:.4g} ms expected")
+    return costs
 
 
 def _slowest(seen: Sequence[_Seen]) -> float:

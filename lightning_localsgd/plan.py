@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
@@ -18,8 +18,22 @@ WIRES: tuple[WireName, ...] = get_args(WireName)
 PERIODS = tuple(2**power for power in range(10))  # 1 is DDP
 TOLERANCE = 0.02  # of the speed, which a shorter period is worth
 _MARGIN = 1.2  # by which a delay is longer than an average takes, since not all take the same time
+_OFF = 0.05  # by which a step of a setting may take longer than is computed
 _NOISE = 0.1  # of a measurement, above which it is told
 _BACKWARD = 2 / 3  # of a step, beside which DDP sends gradients, where it is not measured
+
+
+class Setting(NamedTuple):
+    """How workers train: with a period of 1 as DDP does."""
+
+    period: int
+    wire: WireName = "float32"
+    delay: int = 0
+
+    def __str__(self) -> str:
+        if self.period == 1:
+            return "DDP"
+        return f"period {self.period}, {self.wire}, " + (f"delay {self.delay}" if self.delay else "blocking")
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Costs:
         hidden: seconds that one costs while it travels beside local steps, by wire; empty where no delay is allowed.
         scaled: the wires of which something is not measured, but known from the bits of another one.
         noise: by what part of it a step without averages was slower, when measured, than the fastest step with them.
+        checked: seconds of a step with settings that were recommended and then measured themselves.
     """
 
     steps: tuple[float, ...]
@@ -46,6 +61,7 @@ class Costs:
     hidden: Mapping[WireName, float]
     scaled: frozenset[str] = frozenset()
     noise: float = 0.0
+    checked: Mapping[Setting, float] = field(default_factory=dict)
 
     @property
     def step(self) -> float:
@@ -53,21 +69,8 @@ class Costs:
         return max(self.steps)
 
 
-class Setting(NamedTuple):
-    """How workers train: with a period of 1 as DDP does."""
-
-    period: int
-    wire: WireName = "float32"
-    delay: int = 0
-
-    def __str__(self) -> str:
-        if self.period == 1:
-            return "DDP"
-        return f"period {self.period}, {self.wire}, " + (f"delay {self.delay}" if self.delay else "blocking")
-
-
 def seconds(costs: Costs, setting: Setting) -> float:
-    """Return the seconds to expect of a step, averages included.
+    """Return the seconds to expect of a step, averages included; those measured, where they are over 5 % more.
 
     Example:
         >>> costs = Costs(steps=(1.0, 1.0), ddp=5.0, blocking={"int8": 4.0}, hidden={"int8": 0.5})
@@ -80,7 +83,9 @@ def seconds(costs: Costs, setting: Setting) -> float:
     cost = costs.blocking[wire]
     if delay:
         cost = max(costs.hidden[wire], cost - delay * costs.step)
-    return costs.step + cost / period
+    computed = costs.step + cost / period
+    checked = costs.checked.get(setting, computed)
+    return checked if checked > (1 + _OFF) * computed else computed
 
 
 def shortest_delay(costs: Costs, period: int, wire: WireName) -> int:
@@ -216,7 +221,8 @@ def show(costs: Costs) -> None:
         print_("≈: not all of it was measured, for lack of time, but taken from another wire by its bits")
     for line in bars(costs):
         print_(line)
-    print_(f"\nRecommended: [bold green]{best}[/], {_rate(seconds(costs, best))} steps/s\n")
+    checked = f"; measured: {_rate(costs.checked[best])}" if best in costs.checked else ""
+    print_(f"\nRecommended: [bold green]{best}[/], {_rate(seconds(costs, best))} steps/s{checked}\n")
     print_(as_yaml(best), markup=False)
     print_(limits(costs, best))
     if costs.noise > _NOISE:

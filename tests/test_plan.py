@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from lightning_localsgd import DiLoCo, Mean, measuring
-from lightning_localsgd.measuring import Run, completed, measure, solved
+from lightning_localsgd.measuring import Run, check, completed, measure, solved
 from lightning_localsgd.plan import (
     WIRES,
     Costs,
@@ -259,6 +259,52 @@ def test_costs_follow_from_what_was_measured():
     assert completed(costs, may_delay=False).hidden == {}
 
 
+class Slower:
+    """A bench on which two of the settings, not known before, are slower than computed."""
+
+    def __init__(self, rounds):
+        self.rounds = rounds  # for which there is time
+        self.said = []
+        self.measured = []
+
+    def repeats(self, each, least, most):
+        return least
+
+    def has(self, seconds):
+        self.rounds -= 1
+        return self.rounds >= 0
+
+    def measure(self, period, first, last, wire, delay):
+        assert (first, last) == (2 * period, 4 * period)
+        self.measured.append(Setting(period, wire, delay))
+        slow = 1.5 if period <= 4 else 1.04
+        return [measuring._Seen(value, 0.0, 0.0, 0.0) for value in (1.0, slow * seconds(self.costs, self.measured[-1]))]
+
+    def say(self, words):
+        self.said.append(words)
+
+
+@pytest.mark.parametrize(("rounds", "periods"), [(9, [2, 4, 8]), (1, [2]), (0, [])])
+def test_what_is_recommended_is_measured_itself_and_left_where_it_is_slower_than_computed(rounds, periods):
+    bench = Slower(rounds)
+    bench.costs = costs = Costs((1.0,), 9.0, {"float32": 1.5}, {"float32": 0.0})
+    found = check(costs, bench, overhead=1.0)
+    assert [setting.period for setting in bench.measured] == periods
+    assert list(found.checked) == bench.measured
+    assert bench.said[:1] == ["period 2, float32, delay 2: 1500 ms a step, 1000 ms expected"][:rounds]
+    assert recommended(found).period == {9: 8, 1: 4, 0: 2}[rounds]
+    slow = Setting(2, "float32", 2)
+    assert seconds(found, slow) == (1.5 if rounds else 1.0)
+    assert seconds(found, Setting(8, "float32", 2)) == 1.0  # within 5 % of it
+
+
+def test_of_a_checked_setting_the_measured_speed_is_told(capsys):
+    best = recommended(COSTS)
+    for costs, told in ((COSTS, 0), (replace(COSTS, checked={best: 1.03}), 1)):
+        show(costs)
+        assert capsys.readouterr().out.count("steps/s; measured: 0.971\n") == told
+
+
 def test_numbers_that_contradict_each_other_are_doubted(capsys):
     for noise, is_doubted in ((0.09, False), (0.11, True)):
         show(replace(COSTS, noise=noise))
@@ -353,7 +399,8 @@ def test_all_is_measured_where_there_is_time_and_all_ranks_know_the_same():
         assert other[1] == []  # rank 0 alone tells
     (full, said), (no_delay, _), (short, told) = many[0]
     assert full.scaled == no_delay.scaled == set()
-    assert len(said) == 2 + 10
+    assert len(said) == 2 + 10 + len(full.checked)
+    assert recommended(full).period == 1 or recommended(full) in full.checked
     assert set(full.hidden) == set(no_delay.blocking) == set(WIRES)
     assert no_delay.hidden == {}
     assert len(told) == 3  # a step, DDP, and float32, however little time there is
