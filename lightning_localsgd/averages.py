@@ -28,6 +28,7 @@ class Ending(NamedTuple):
         factor: by which this worker's movement is scaled.
         steps: that were taken in it, by the fastest.
         waited: seconds that this worker waited for the others.
+        probed: whether the probe looks at it.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Ending(NamedTuple):
     factor: float
     steps: int
     waited: float
+    probed: bool = False
 
 
 class Averages:
@@ -80,9 +82,9 @@ class Averages:
         self.flight: Flight | None = None  # the average that has not landed
         self._landed: Flight | None = None  # the last one, for its memory
 
-    def begin_round(self) -> None:
-        """The next round begins, with the trained parameters as they are."""
-        if self._probe is not None and self._probe.moves:
+    def begin_round(self, probed: bool) -> None:
+        """The next round begins, with the trained parameters as they are, and the probe will look at it or not."""
+        if self._probe is not None and self._probe.moves and probed:
             pieces = zip(self._replica.keys(), self._replica.sent(), strict=True)
             self._probe.begin((key, piece) for key, piece in pieces if key)
 
@@ -91,15 +93,15 @@ class Averages:
         trained, rest = self._replica.trained(), self._replica.rest()
         then = [self._landing.round(of.rates)] if self._landing.is_needed else []
         looks = []
-        if self._probe is not None:
+        if self._probe is not None and of.probed:
             looks = [self._probe.over(self._replica.trained_keys() if trained else self._replica.keys())]
         self._average([piece for _, _, pieces in trained for piece in pieces], of, modest, _all(looks + then))
         self._average_rest(rest, of, modest, then=None if trained else _all(looks))
-        return self._seen(*self._landing.finish([parameter for _, parameter, _ in trained]))
+        return self._seen(of, *self._landing.finish([parameter for _, parameter, _ in trained]))
 
-    def _seen(self, apart: float, together: float) -> Squares:
+    def _seen(self, of: Ending, apart: float, together: float) -> Squares:
         """Return how far the replicas had moved, as the landing and the probe have measured it."""
-        seen = self._probe.end() if self._probe is not None else Squares()
+        seen = self._probe.end() if self._probe is not None and of.probed else Squares()
         return seen if math.isnan(apart) else Squares(apart, together, seen.moved)
 
     def payload(self) -> tuple[int, int]:
@@ -164,7 +166,7 @@ class Averages:
         flight = self.flight
         flight.arrive(self._look)
         self.flight = None
-        if self._probe is not None:
+        if self._probe is not None and flight.of.probed:
             look = self._probe.over(self._replica.trained_keys())
             for place, (line, mean, own) in enumerate(flight.pieces()):
                 look(Bucket(line.group, line.start, mean, [place], [mean], [own]))
@@ -172,7 +174,7 @@ class Averages:
         if self._landing.is_needed:
             self._landing.round(flight.of.rates)
             apart, together = self._landing.land(flight.mean, flight.own, self._capacity)
-        squares = self._seen(apart, together)
+        squares = self._seen(flight.of, apart, together)
         trained = [piece for _, _, pieces in self._replica.trained() for piece in pieces]
         now = self._replica.named()
         with flight.landing(trained, [now[name] for name in flight.rest], keep=not flight.of.left_out):

@@ -125,11 +125,12 @@ class Monitor:
 
     To each logger of the Trainer it writes `localsgd/period`, `localsgd/drift` and so on: the documentation lists them.
     That is when a round ends, but not more often than each ``Trainer(log_every_n_steps=...)`` steps: means over the
-    rounds since it wrote last. How far its replica had moved each worker tells in the header of the next round, so
-    drift, cosine and noise are those of one round before. While gradients are averaged, as in DDP, there is no drift,
+    rounds since it wrote last. How far the replicas move is measured once in so many steps, in the first round that
+    begins in them, and in the first of the fit; each worker tells it in the header of the next round, so drift, cosine
+    and noise come one round late. While gradients are averaged, as in DDP, there is no drift,
     and times are not known, since that average runs beside the backward pass.
 
-    It costs a look at each element in an average, for the drift, and no communication.
+    It costs a look at each element in an average that is measured, and no communication.
 
     Args:
         anchor: whether to keep a copy of the model where the round started, to see how far the replicas move.
@@ -172,7 +173,8 @@ class Monitor:
             raise ValueError("`anchor` must be False with a `period` of 1, which averages no models, got True.")
         self._workers = strategy.workers
         self.totals = Totals(self._workers)
-        strategy.listen(self._hear_round, self._hear_spread, moves=self.anchor)
+        every = _log_interval(trainer) or 50
+        strategy.listen(self._hear_round, self._hear_spread, moves=self.anchor, every=every)
 
     def _hear_round(self, one: Round) -> None:
         self._rounds.append(one)

@@ -61,11 +61,13 @@ class Listener:
         on_round: called with each round when it has ended.
         on_spread: called with how far the replicas had moved, one round late: each worker tells it in the next header.
         moves: whether that includes how far they moved from the anchor, which is a copy of the model.
+        every: in how many steps that is measured once: in the first round that begins in each such stretch.
     """
 
     on_round: Callable[[Round], None]
     on_spread: Callable[[Spread], None] | None = None
     moves: bool = False
+    every: int = 1
 
 
 class Rounds:
@@ -80,6 +82,7 @@ class Rounds:
         self._listeners = tuple(listeners)
         self._hear_spread = [one for one in listeners if one.on_spread is not None and workers > 1]
         self._ring = 2 * (workers - 1) / workers
+        self._begun: int | None = None  # step at which the last round began whose spread is measured
         self.begin()
 
     def begin(self) -> None:
@@ -101,6 +104,16 @@ class Rounds:
     def probe(self) -> Probe | None:
         """Return what measures how far the replicas move, if anybody wants to hear of it."""
         return Probe(moves=any(one.moves for one in self._hear_spread)) if self._hear_spread else None
+
+    def measures_spread(self, step: int) -> bool:
+        """Whether somebody wants to hear how far the replicas move in the round that begins at this step."""
+        if not self._hear_spread:
+            return False
+        every = min(one.every for one in self._hear_spread)
+        if self._begun is not None and step != self._begun and step // every == self._begun // every:
+            return False
+        self._begun = step
+        return True
 
     def end(
         self,

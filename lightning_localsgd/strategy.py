@@ -714,6 +714,7 @@ class LocalSGD(Keeps):
         on_spread: Callable[[Spread], None] | None = None,
         *,
         moves: bool = False,
+        every: int = 1,
     ) -> None:
         """Call ``on_round`` with each round of the fit that is being set up, when it has ended, on this worker.
 
@@ -726,16 +727,21 @@ class LocalSGD(Keeps):
                 it takes a look at each element in an average. Not called for one worker, or while gradients are
                 averaged.
             moves: whether that includes how far they moved from the anchor, which is a copy of the model.
+            every: in how many steps that is measured once, at least 1: in the first round that begins in each such
+                stretch. The least that any listener wants counts.
 
         Raises:
+            ValueError: if ``every`` is not an int of at least 1.
             RuntimeError: where the model is set up already.
 
         Example:
             ``trainer.strategy.listen(lambda round: print(round.number, round.share))``
         """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"`every` must be an int of at least 1, got {every!r}.")
         if self._is_set_up or self._worker is not None:
             raise RuntimeError("`listen` must be called before the model is set up, as in a callback's `setup`.")
-        self._listeners.append(Listener(on_round, on_spread, moves))
+        self._listeners.append(Listener(on_round, on_spread, moves, every))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -123,6 +123,7 @@ class Worker:
         self.round_is_due = False  # it has ended, but signals are acted on first
         self._modest = False  # whether the replica has no large elements, as the last header's look has shown
         self._came: float | None = None  # when it came to the end of its round
+        self._is_probed = True  # whether it is measured how far the replicas move in this round, for those who listen
         self._restarts: Counter[int] = Counter()  # of each rank, because it was not finite
 
     @property
@@ -171,7 +172,7 @@ class Worker:
         elif not self.alone:
             self.mean.broadcast(self.replica.tensors())
         if state is None:
-            self._begin_round()
+            self._begin_round(self.clock.step)
         if self.clock.averages_models:
             self._take_anchor()
         if state is not None:
@@ -181,7 +182,7 @@ class Worker:
 
     def restart(self, clock: Clock, measured: Measured, landing: dict[str, Any]) -> None:
         """Begin anew from a checkpoint's numbers, and from the model that the module will have at the first step."""
-        self.clock, self.measured, self._steps_inside = clock, measured, False
+        self.clock, self.measured, self._steps_inside, self._is_probed = clock, measured, False, True
         self.landing.forget()
         self.landing.load_state_dict(landing)
         self.averages.forget()
@@ -440,7 +441,7 @@ class Worker:
         if self.clock.averages_models:
             if not progress.averages_models:  # the first round that does
                 self.measured.start_round()
-                self._begin_round()
+                self._begin_round(self.clock.step)
             self._take_anchor()  # which is known but then, or after a search for the learning rate
         elif self.landing.steps and not self.clock.schedule.warms_up(progress):
             raise ValueError(
@@ -448,9 +449,10 @@ class Worker:
                 "which gradients are averaged: only the warm-up of `PostLocal` may."
             )
 
-    def _begin_round(self) -> None:
+    def _begin_round(self, step: int) -> None:
         self.replica.begin_round()
-        self.averages.begin_round()
+        self._is_probed = self.clock.averages_models and self.rounds.measures_spread(step)
+        self.averages.begin_round(self._is_probed)
 
     def _take_anchor(self) -> None:
         """Take note of where a round starts."""
@@ -491,7 +493,7 @@ class Worker:
             tell(seconds)
         self.measured.start_round()
         self.stepped = self.touched = False
-        self._begin_round()
+        self._begin_round(decision.step)
         if not later:
             self._take_anchor()
         self.clock.next_round(decision.step)
@@ -527,6 +529,7 @@ class Worker:
             factor=factor,
             steps=decision.step - self.clock.start,
             waited=start - came if came is not None else math.nan,
+            probed=self._is_probed,
         )
 
     def _settle(self) -> None:

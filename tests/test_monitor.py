@@ -62,10 +62,10 @@ class Ears(LocalSGDMonitor):
 # ----------------------------------------------------------------------------------------------- what is known on paper
 
 
-def heard(period, lengths, anchor=True):
+def heard(period, lengths, anchor=True, every=1):
     """Gradient rank + 1, learning rate 1: in a round of I steps worker i moves by I (i + 1)."""
     ears = Ears(anchor)
-    run = trainer(len(lengths), LocalSGDStrategy(period), callbacks=[ears])
+    run = trainer(len(lengths), LocalSGDStrategy(period), callbacks=[ears], log_every_n_steps=every)
     run.fit(Constant(), loader(lengths))
     return ears.rounds, ears.spreads, ears.totals.compute()
 
@@ -97,9 +97,10 @@ def test_rounds_and_spreads():
         assert totals["total_spared_seconds"] == pytest.approx(spared)
 
 
-def heard_of(mean):
+def heard_of(mean, every=1):
     ears = Ears()
-    trainer(2, LocalSGDStrategy(3, mean=mean), callbacks=[ears]).fit(Constant(), loader([8, 8]))
+    run = trainer(2, LocalSGDStrategy(3, mean=mean), callbacks=[ears], log_every_n_steps=every)
+    run.fit(Constant(), loader([8, 8]))
     return ears.rounds, ears.spreads
 
 
@@ -115,6 +116,25 @@ def test_delays_and_wires():
     (raised,) = run_workers(asks_for_moves, 1, catch=True)
     assert raised.type == "ValueError"
     assert "listen without `moves`" in raised.message
+
+
+@pytest.mark.parametrize(("period", "every", "numbers"), [(3, 5, [0, 2, 4]), (3, 50, [0]), (2, 4, [0, 2, 4, 6])])
+@pytest.mark.parametrize("anchor", [False, True])
+def test_in_so_many_steps_the_drift_is_measured_once(period, every, numbers, anchor):
+    # Rounds begin at the steps 0, 3, 6, 9, 12; 0, 6 and 12 are the first of 0 to 4, 5 to 9, 10 to 14.
+    for rounds, spreads, totals in run_workers(heard, 2, period, [14, 14], anchor, every):
+        assert len(rounds) == math.ceil(14 / period)
+        assert [one.number for one in spreads] == numbers
+        whole = [one for one in spreads if one.number < 14 // period]
+        assert all(one.apart == (period / 2, period / 2) for one in whole)
+        assert [one.moved == (period, 2 * period) for one in whole] == [anchor] * len(whole)
+        assert totals["drift"] == pytest.approx(math.sqrt(sum(one.drift**2 for one in spreads) / len(spreads)))
+
+
+def test_that_holds_for_averages_that_land_late():
+    for rounds, spreads in run_workers(heard_of, 2, Mean(delay=2), 5):
+        assert [one.number for one in rounds] == [0, 1, 2]
+        assert [(one.number, one.apart) for one in spreads] == [(0, (1.5, 1.5)), (2, (1, 1))]
 
 
 def asks_for_moves():
@@ -485,6 +505,12 @@ def refused(strategy, monitor, workers=1):
 def test_what_it_refuses(strategy, anchor, told):
     for raised in run_workers(refused, 2, strategy, LocalSGDMonitor(anchor), 2, catch=True):
         assert raised == Raised("ValueError", told)
+
+
+@pytest.mark.parametrize("every", [0, True, 2.0])
+def test_a_listener_that_is_refused(every):
+    with pytest.raises(ValueError, match=f"`every` must be an int of at least 1, got {every!r}"):
+        LocalSGDStrategy(3).listen(print, print, every=every)
 
 
 def test_what_no_one_could_mean():
