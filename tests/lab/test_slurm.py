@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -19,11 +20,12 @@ PLACES = [f"{2 * node + device}-n{node}" for node in range(2) for device in rang
 ENV = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
 
-def submit(lab, name, folder, *words, options=(), env=None, timeout=200):
-    """Run a script of the examples to its end, and return what it printed."""
+def submit(lab, script, folder, *words, options=(), env=None, timeout=200):
+    """Run a script, or one of the examples by its name, to its end, and return what it printed."""
     out = folder / "job.out"
     words = [*words, f"--trainer.default_root_dir={folder}"]
-    job = lab.submit(f"--output={out}", *options, SCRIPTS / f"{name}.sbatch", *words, env=ENV | (env or {}))
+    path = SCRIPTS / f"{script}.sbatch" if isinstance(script, str) else script
+    job = lab.submit(f"--output={out}", *options, path, *words, env=ENV | (env or {}))
     state = lab.wait(job, timeout)
     printed = out.read_text() if out.exists() else ""
     assert state == "COMPLETED", f"{state}: {printed}"
@@ -118,3 +120,23 @@ def test_an_array_trains_each_seed(lab, tmp_path):
         assert lab.wait(f"{job}_{seed}", 200) == "COMPLETED", (tmp_path / f"{seed}.out").read_text()
         (saved,) = (tmp_path / "runs").glob(f"{job}-{seed}/lightning_logs/*/config.yaml")
         assert f"seed_everything: {seed}\n" in saved.read_text()
+
+
+def test_plan_measures_on_the_nodes_of_the_job(lab, tmp_path):
+    script, picture = tmp_path / "plan.sbatch", tmp_path / "plan.png"
+    fits = (SCRIPTS / "cpu.sbatch").read_text()
+    script.write_text(fits.replace("lightning-localsgd fit", "lightning-localsgd plan"))
+    assert script.read_text() != fits
+    lab.network.shape(20)
+    try:
+        words = ["--model.width=256", "--trainer.callbacks=null", "--seconds=15", f"--picture={picture}"]
+        printed = submit(lab, script, tmp_path, *words)
+    finally:
+        lab.network.shape(10_000)
+    assert "2 workers; steps/s of each worker" in printed
+    assert printed.count("Recommended: ") == printed.count("Limited by ") == 1, printed
+    size = sum(parameter.numel() for parameter in Digits(width=256).parameters())
+    (average,) = re.findall(r"^an average in float32 costs ([\d.]+) ms$", printed, re.MULTILINE)
+    assert float(average) > 1000 * 32 * size / 20e6  # the link between the nodes, which no memory of one machine has
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"job.out", "plan.sbatch", "plan.png"}
