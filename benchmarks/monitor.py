@@ -120,8 +120,9 @@ def measure(network: str, size: int, generations: int, repeats: int) -> list[lis
     results = []
     for _ in range(generations):
         with ExitStack() as stack:
-            jobs = {
-                way: stack.enter_context(workers(size, train, network, size, anchor)) for way, anchor in WAYS.items()
+            jobs = {  # which of them starts first may matter
+                way: stack.enter_context(workers(size, train, network, size, WAYS[way]))
+                for way in random.sample(list(WAYS), len(WAYS))
             }
             for pipes in jobs.values():  # warm-up
                 ask(pipes, True)

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_localsgd.mean import Mean
 from lightning_localsgd.moments import AverageState
 from lightning_localsgd.outer import OuterStep
@@ -73,3 +76,12 @@ def require_settings(
         )
     if isinstance(schedule, AtEnd) and mean.delay:
         raise ValueError(f"`delay` must be 0 with `AtEnd`, whose only average is taken at once, got {mean.delay}.")
+
+
+def warn_of_one_worker(mean: Mean, outer: OuterStep | None) -> None:
+    """Warn that one worker, as in a trial on one device, sends nothing that a wire or a delay could be for."""
+    if mean.wire != "float32" or (mean.delay and outer is None):
+        rank_zero_warn(
+            f"One worker has nothing to average, and sends nothing: {mean!r} has no effect.",
+            category=PossibleUserWarning,
+        )

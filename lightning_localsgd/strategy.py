@@ -42,7 +42,7 @@ from lightning_localsgd.rounds import Listener, Round, Rounds
 from lightning_localsgd.saving import Keeps
 from lightning_localsgd.schedule import Every, Schedule
 from lightning_localsgd.sequences import require_step_by_step
-from lightning_localsgd.settings import require_settings
+from lightning_localsgd.settings import require_settings, warn_of_one_worker
 from lightning_localsgd.signals import REQUEUE, Signals
 from lightning_localsgd.spread import Spread
 from lightning_localsgd.start import joining
@@ -288,6 +288,8 @@ class LocalSGD(Keeps):
                 "How far the replicas move from the start of a round is not measured where averages land with a delay: "
                 f"listen without `moves` (`LocalSGDMonitor(anchor=False)`), got {self.mean!r}."
             )
+        if self.workers == 1:
+            warn_of_one_worker(self.mean, self.outer)
         landing = Landing(self.outer, measures="drift" in needs, starts=scales or self.mean.needs_anchor)
         landing.load_state_dict(self._resumed.get("landing", {}))
         self._expected_steps = math.nan

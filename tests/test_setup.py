@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import nn
 
-from lightning_localsgd import Every, LocalSGDStrategy, Mean, Schedule
+from lightning_localsgd import DiLoCo, Every, LocalSGDStrategy, Mean, Schedule
 from tests.models import Regression, loader, same, state_of, trainer
 from tests.workers import run_workers
 
@@ -109,6 +110,23 @@ def test_lbfgs_is_refused_while_gradients_are_averaged():
     ends = run_workers(fit_lbfgs, 2, catch=True, timeout=60)
     assert {end.type for end in ends} == {"ValueError"}
     assert all("LBFGS needs rounds of at least 2 steps, got a `period` of 1" in end.message for end in ends)
+
+
+def alone(*means):
+    told = []
+    for mean, outer in means:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(1, LocalSGDStrategy(3, mean=mean, outer=outer)).fit(Regression(), loader([4]))
+        told.append([str(one.message) for one in caught if "nothing to average" in str(one.message)])
+    return told
+
+
+def test_one_worker_is_told_that_it_sends_nothing():
+    wire, delay = Mean(wire="int8"), Mean(delay=2)
+    (told,) = run_workers(alone, 1, (Mean(), None), (wire, None), (delay, None), (delay, DiLoCo()), (wire, DiLoCo()))
+    assert [len(one) for one in told] == [0, 1, 1, 0, 1]
+    assert told[1] == [f"One worker has nothing to average, and sends nothing: {wire!r} has no effect."]
 
 
 def test_the_registered_name():
