@@ -26,6 +26,7 @@ TIMEOUT = 6.0  # the strategy's, here
 GRACE = 8.0  # seconds for a process to end once it has given up; the machine is busy with the other cells
 BEFORE = ("full disk", "read-only", "port in use", "no such name", "one is missing")  # so from the start
 LISTENS = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"
+TABLE = Path(tempfile.gettempdir(), "lsgd-faults.md")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_localsgd", "tests.lab.faulty"])
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*", re.MULTILINE)
@@ -208,14 +209,19 @@ def ended(lab, tmp_path_factory):
 
     with ThreadPoolExecutor(len(pairs)) as pool:
         found = dict(zip(cells, pool.map(one, cells), strict=True))
-    lines = ["| fault | rank | phase | seconds | exit codes | said |", "|---|---|---|---|---|---|"]
+    TABLE.write_text("| fault | rank | phase | seconds | exit codes | said |\n|---|---|---|---|---|---|\n")
     for cell, end in found.items():
         if isinstance(end, Ended):
-            lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end.seconds:.1f} | {end.codes} | {end.said} |")
+            tell(cell.what, cell.rank, cell.phase, f"{end.seconds:.1f}", end.codes, end.said)
         else:
-            lines.append(f"| {cell.what} | {cell.rank} | {cell.phase} | {end} |")
-    Path(tempfile.gettempdir(), "lsgd-faults.md").write_text("\n".join(lines) + "\n")
+            tell(cell.what, cell.rank, cell.phase, end)
     return found, folder
+
+
+def tell(*cells):
+    """Add a line to the table."""
+    with TABLE.open("a") as table:
+        table.write(f"| {' | '.join(map(str, cells))} |\n")
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
@@ -286,7 +292,7 @@ def test_another_version_of_the_code_and_another_model_are_refused_on_both_hosts
         shutil.copytree(ROOT / "lightning_localsgd", packages[1] / "lightning_localsgd")
         header = packages[1] / "lightning_localsgd" / "header.py"
         header.write_text(re.sub(r"(?m)^PROTOCOL = \d+$", "PROTOCOL = 1000", header.read_text()))
-    started, logs = [], [tmp_path / f"log-{rank}" for rank in range(2)]
+    started, logs, begun = [], [tmp_path / f"log-{rank}" for rank in range(2)], time.monotonic()
     for rank, (host, package) in enumerate(zip(lab.hosts[2:4], packages, strict=True)):
         env = {"MASTER_ADDR": address(2), "MASTER_PORT": "29500", "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
         code = START.format(change=change if rank else "")
@@ -296,6 +302,7 @@ def test_another_version_of_the_code_and_another_model_are_refused_on_both_hosts
     for one, log in zip(started, logs, strict=True):
         assert one.wait(60) not in (0, -signal.SIGKILL), log.read_text()
         assert re.search(expected, said_by(log)), log.read_text()
+    tell(f"another {what}", 1, "start", f"{time.monotonic() - begun:.1f}", "", said_by(logs[0]))
     assert not (tmp_path / "saves").exists()
 
 
@@ -349,7 +356,9 @@ def together(lab, folder, workers, **given):
 def test_a_damaged_checkpoint_is_refused_on_both_hosts(ended, lab, tmp_path, damage, expected):
     newest = saved(ended, tmp_path / "saves")
     newest.write_bytes(damage(newest.read_bytes()))
+    begun = time.monotonic()
     codes, said = together(lab, tmp_path, 2, resume=str(newest))
+    tell("a damaged checkpoint", "both", "start", f"{time.monotonic() - begun:.1f}", codes, said[0])
     for code, one in zip(codes, said, strict=True):
         assert code not in (None, 0, -signal.SIGKILL), one
         assert re.search(f"{re.escape(newest.name)}.* {expected}", one), one
