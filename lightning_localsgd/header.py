@@ -6,6 +6,7 @@ ranks are ever in different collectives, however their data, their epochs or the
 serves the want of at least one rank, or all ranks raise the same error.
 """
 
+import atexit
 import operator
 import time
 from collections.abc import Generator, Sequence
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from datetime import timedelta
 from enum import IntEnum
-from functools import reduce
+from functools import cache, reduce
 from socket import gethostname
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from lightning_localsgd.signals import Board, Signals
 # What ranks must have in common to understand each other. Raise it by one with every change of what travels, or
 # of when: a number in a `Message` or a `Report`, a `Want`, their order, and what is sent after a header or beside it.
 PROTOCOL = 2
+_DROPPED = 0.3  # seconds in which Gloo's threads have dropped what they held, on a busy machine too
 
 _LISTEN = timedelta(seconds=1)  # how long a wait is deaf to Ctrl-C, and to what others have left in writing
 
@@ -267,6 +269,7 @@ class Header:
         self.size = size
         self._timeout = timeout
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        _end_after_gloo()
         self._inside: tuple[Sequence[int], Any] = (), None  # the ranks of this worker, and their group
         self._board: Board | None = None
         self._work: dist.Work | None = None  # the last header
@@ -407,6 +410,16 @@ class Header:
         """
         if self._board is not None and self._board.left:
             raise _stopped(who, LEFT)
+
+
+@cache
+def _end_after_gloo() -> None:
+    """See that Python ends a moment after the last collective.
+
+    Gloo's threads drop its tensors when it has been waited for, and need Python for that: one that comes when Python is
+    ending is ended, in C++ code that may not be, and the process aborts, though all was done.
+    """
+    atexit.register(time.sleep, _DROPPED)
 
 
 @contextmanager

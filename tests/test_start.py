@@ -1,11 +1,15 @@
-"""How workers find each other: which interface Gloo is told to use, without processes."""
+"""How workers find each other, which interface Gloo is told to use, and how their processes end."""
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from lightning_localsgd import start
 from lightning_localsgd.start import name_interface
+from tests.shell import ROOT
 
 HOSTS = {"me": "127.0.1.1", "fine": "10.77.0.2", "rank0": "10.77.0.1", "localhost": "127.0.0.1"}
 
@@ -72,3 +76,34 @@ def test_the_address_of_an_interface_is_one_that_this_host_can_bind():
     for address in start.addresses_of_interfaces().values():
         with socket.socket() as bound:
             bound.bind((address, 0))
+
+
+ENDS = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from lightning_localsgd.header import Header
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+Header(rank, 2, timedelta(seconds=20))
+for number in range(30):  # the first is waited for, and makes the connections; some of the others are still under way
+    work = dist.all_gather([torch.empty(3), torch.empty(3)], torch.ones(3), async_op=True)
+    if not number:
+        work.wait()
+"""
+
+
+def test_a_process_that_ends_right_after_a_collective_does_not_abort(tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    for turn in range(3):
+        words = [sys.executable, script]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        both = [
+            subprocess.Popen([*words, str(rank), tmp_path / f"store-{turn}"], env=env, stderr=subprocess.PIPE)
+            for rank in range(2)
+        ]
+        said = [one.communicate(timeout=60)[1] for one in both]
+        assert [one.returncode for one in both] == [0, 0], said
