@@ -2,12 +2,13 @@
 
     python benchmarks/monitor.py
 
-Three jobs of two workers each, on the same two cores with one thread each, take turns: a block of rounds of 8 steps of
+Four jobs of two workers each, on the same two cores with one thread each, take turns: a block of rounds of 8 steps of
 the one, then of the others, in random order. All write to a CSVLogger, each 50 steps as is Lightning's default. Every
 few blocks all processes are started anew. Shown: the ratio of the median times per step to those without a monitor,
 with its bootstrap 95 % interval, by the clock and by the processes' own CPU time (which other programs on the machine
 disturb less); the aim is at most 1.01. Then which part of a worker's time the calls of the monitor took, by its own
-clock: of turns without a stranger the surer number, where the ratio drowns in noise.
+clock: of turns without a stranger the surer number, where the ratio drowns in noise, as that of a second
+job without a monitor shows.
 
 Needs: as many cores as workers, for the clock to mean something; about 5 minutes on quiet cores (`--quick`: 2).
 """
@@ -36,7 +37,7 @@ from lightning_localsgd.worker import Worker
 
 PERIOD = 8
 ROUNDS = {"mlp": 16, "conv": 3}  # of a turn, which takes about half a second
-WAYS: dict[str, bool | None] = {"without": None, "monitor": False, "with an anchor": True}
+WAYS: dict[str, bool | None] = {"without": None, "without, again": None, "monitor": False, "with an anchor": True}
 
 
 class Turn(NamedTuple):

@@ -141,7 +141,7 @@ def table_of_fit(times: Times, of: Fit, mbit: float) -> str:
         lines.append(
             f"| {size} | {f'{mb:g}' if mb != HEADER else 'header'} | {1000 * seconds[size, mb]:.1f} | "
             f"{1000 * min(values):.1f} to {1000 * max(values):.1f} | {1000 * expected:.1f} | "
-            f"{100 * off[size, mb]:+.0f} % |"
+            f"{round(100 * off[size, mb]):+d} % |"
         )
     averages = {place: error for place, error in off.items() if place[1] != HEADER}
     most = max(size for size, _ in seconds)

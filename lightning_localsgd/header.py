@@ -269,7 +269,8 @@ class Header:
         self.size = size
         self._timeout = timeout
         self._group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-        _end_after_gloo()
+        if self._group is not None:
+            _end_after_gloo()
         self._inside: tuple[Sequence[int], Any] = (), None  # the ranks of this worker, and their group
         self._board: Board | None = None
         self._work: dist.Work | None = None  # the last header

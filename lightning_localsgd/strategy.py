@@ -733,7 +733,7 @@ class LocalSGD(Keeps):
                 stretch. The least that any listener wants counts.
 
         Raises:
-            ValueError: if ``every`` is not an int of at least 1.
+            ValueError: if ``every`` is not an int of at least 1, or nobody hears what it and ``moves`` are for.
             RuntimeError: where the model is set up already.
 
         Example:
@@ -741,6 +741,8 @@ class LocalSGD(Keeps):
         """
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"`every` must be an int of at least 1, got {every!r}.")
+        if on_spread is None and (moves or every != 1):
+            raise ValueError(f"`moves` and `every` have no effect without `on_spread`, got {moves!r} and {every!r}.")
         if self._is_set_up or self._worker is not None:
             raise RuntimeError("`listen` must be called before the model is set up, as in a callback's `setup`.")
         self._listeners.append(Listener(on_round, on_spread, moves, every))

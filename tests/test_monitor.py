@@ -513,6 +513,12 @@ def test_a_listener_that_is_refused(every):
         LocalSGDStrategy(3).listen(print, print, every=every)
 
 
+@pytest.mark.parametrize(("moves", "every"), [(True, 1), (False, 2)])
+def test_what_nobody_would_hear_is_refused(moves, every):
+    with pytest.raises(ValueError, match="`moves` and `every` have no effect without `on_spread`, got"):
+        LocalSGDStrategy(3).listen(print, moves=moves, every=every)
+
+
 def test_what_no_one_could_mean():
     with pytest.raises(ValueError, match=r"`anchor` must be True or False, got 1\."):
         LocalSGDMonitor(1)
